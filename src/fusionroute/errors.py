@@ -1,0 +1,16 @@
+"""Errors for people: one line that says what is wrong, both values where two disagree, and what to do.
+
+The command line prints the message alone and exits with `exit_code`; a library user catches `FusionRouteError`.
+"""
+
+
+class FusionRouteError(Exception):
+    """Something the user can put right: a file, a digest, a tokenizer, a lack of disk."""
+
+    exit_code = 1
+
+
+class UsageError(FusionRouteError):
+    """The call itself is wrong: an unknown expert, a prompt that does not fit, two options that exclude each other."""
+
+    exit_code = 2

@@ -22,7 +22,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             parent = next(p for p in [target, *target.parents] if p.exists())
             free = shutil.disk_usage(parent).free / 1e6
-            raise FusionRouteError(f"no space left to write {target} ({free:.0f} MB free): free some and run again") from error
+            raise FusionRouteError(
+                f"no space left to write {target} ({free:.0f} MB free): free some and run again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS):
             raise FusionRouteError(f"cannot write {target}: {error.strerror}") from error
         raise

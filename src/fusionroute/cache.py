@@ -1,0 +1,88 @@
+"""The reference model's KV cache: every member's own cache behind the interface that transformers' `generate` drives.
+
+`layers` is the members' layers end to end, router first, so that reordering, repeating, selecting and cropping, which
+transformers does layer by layer, reach all of them; lengths are asked of layer 0, which is the router's.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from fusionroute.errors import UsageError
+
+
+class FusionCache(Cache):
+    """One `DynamicCache` per member, and the routes taken so far.
+
+    Args:
+        configs: member name to its transformers config, the router first.
+
+    Attributes:
+        members: member name to its cache.
+        routes: `[B, K]`, the expert chosen at each of the K positions that gave logits; column k is in the row order
+            of its own step, so beam search gathers it by `beam_indices`.
+        query_routes: `[B]`, the one decision per prompt of query-level routing.
+    """
+
+    def __init__(self, configs: Mapping[str, Any]) -> None:
+        self.members = {name: DynamicCache(config=config) for name, config in configs.items()}
+        self.routes: Tensor | None = None
+        self.query_routes: Tensor | None = None
+        super().__init__(layers=[layer for cache in self.members.values() for layer in cache.layers])
+
+    def require(self, names: Iterable[str]) -> dict[str, DynamicCache]:
+        """The caches of the members `names`, each of which must have seen every token so far.
+
+        Raises:
+            UsageError: the cache was filled by a policy that left one of them out.
+        """
+        seen = self.get_seq_length()
+        for name in names:
+            if self.members[name].get_seq_length() != seen:
+                raise UsageError(
+                    f"this cache holds {seen} tokens but {name} has seen {self.members[name].get_seq_length()} of them: "
+                    "it was filled with another `expert` or `alpha`; start a new one"
+                )
+        return {name: self.members[name] for name in names}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if layer_idx != 0:
+            return super().get_seq_length(layer_idx)
+        return max(cache.get_seq_length() for cache in self.members.values())
+
+    def record(self, routes: Tensor) -> None:
+        """Append the routes `[B, K]` of one forward."""
+        self.routes = routes if self.routes is None else torch.cat([self.routes, routes], dim=1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.routes = self.query_routes = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.query_routes is not None:
+            self.query_routes = self.query_routes.index_select(0, beam_idx.to(self.query_routes.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.get_seq_length()
+        for cache in self.members.values():
+            if cache.get_seq_length() == before:
+                cache.crop(tokens_to_remove)
+        removed = before - self.get_seq_length()
+        if self.routes is not None and removed:
+            self.routes = self.routes[:, :-removed]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, change: Any) -> None:
+        self.routes = None if self.routes is None else change(self.routes)
+        self.query_routes = None if self.query_routes is None else change(self.query_routes)

@@ -1,0 +1,385 @@
+"""A collection on disk: where it is, what its files say, how it is put together, saved and pushed.
+
+Layout (every member's folder is what transformers or PEFT would write, so each can be loaded on its own):
+
+    config.json                FusionRouteConfig: the router, the experts in route order
+    router/                    route_head.safetensors, and the router's adapter or weights unless referenced
+    expert_<name>/             adapter or weights of an embedded expert
+    tokenizer.json, …          the router's tokenizer and chat template
+    generation_config.json     the router's, with the union of the members' end ids
+    README.md                  the model card, generated
+
+Loads no weights; `fusionroute.modeling` does.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionroute import sources, vocabulary
+from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.files import read_json, staged_folder
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from fusionroute.modeling import FusionRouteForCausalLM
+
+PACKAGED = Path(__file__).parent / "collections"
+DEFAULT = "smollm2"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+
+
+def locate(name: str | Path | None, *, revision: str | None = None) -> Path:
+    """The folder of a collection: a path, the name of a packaged one, a Hub id; None is the default collection.
+
+    Raises:
+        FusionRouteError: there is no such collection.
+    """
+    if name is None:
+        name = DEFAULT
+    text = str(name)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        folder = path.resolve()
+    elif (PACKAGED / text).is_dir() and "/" not in text:
+        folder = PACKAGED / text
+    elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        folder = sources.snapshot(text, revision=revision)
+    else:
+        packaged = sorted(p.name for p in PACKAGED.glob("*") if p.is_dir())
+        raise UsageError(
+            f"no collection {text!r}: it is no folder, no Hub id (org/name), and the packaged ones are {packaged}"
+        )
+    if not (folder / "config.json").is_file():
+        raise FusionRouteError(f"{folder / 'config.json'} is missing: {folder} is not a collection")
+    return folder
+
+
+def read_config(folder: Path) -> FusionRouteConfig:
+    """The collection's configuration.
+
+    Raises:
+        FusionRouteError: `config.json` is half-written or another kind of model's.
+    """
+    data = read_json(folder / "config.json")
+    if data.get("model_type") != FusionRouteConfig.model_type:
+        raise FusionRouteError(
+            f"{folder / 'config.json'} has model_type {data.get('model_type')!r}, not 'fusionroute': "
+            "make a collection of it with `fusionroute init`"
+        )
+    return FusionRouteConfig.from_dict(data)
+
+
+def read_generation_config(folder: Path) -> "GenerationConfig":
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: str | Path | None = None) -> "PreTrainedTokenizerBase":
+    """The collection's tokenizer: the router's, with its chat template. Pads on the left, for `generate`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(folder))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation up to where the assistant answers: the one rendering that every member sees.
+
+    Without a chat template the last message's content is taken as it is, with the tokenizer's own special tokens.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer(messages[-1]["content"])["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+
+
+def tokenizer_folders(config: FusionRouteConfig, folder: Path, base: str | None = None) -> dict[str, Path]:
+    """Member name to a folder with its tokenizer files; an adapter uses its base's. No weight is loaded."""
+    folders: dict[str, Path] = {}
+    for spec in config.member_specs:
+        source = base if base is not None and spec.adapter is not None else spec.source
+        revision = None if source is base else spec.revision
+        folders[spec.name] = sources.resolve(source, revision=revision, relative_to=folder, what="tokenizer")
+    return folders
+
+
+def check_vocabulary_of(
+    config: FusionRouteConfig, folder: Path, base: str | None = None
+) -> vocabulary.VocabularyReport:
+    """The joint check of all members' tokenizers against the collection's own.
+
+    Raises:
+        FusionRouteError: two of them map one string to different ids, or share fewer ids than `config.vocab_size`.
+    """
+    report = vocabulary.check_vocabularies({"collection": folder, **tokenizer_folders(config, folder, base)})
+    if report.common < config.vocab_size:
+        raise FusionRouteError(
+            f"{folder}: the members share {report.common} ids but the collection was made with {config.vocab_size}: "
+            "a member's tokenizer is not the one it was made with"
+        )
+    return report
+
+
+def assemble(
+    out: Path,
+    router: MemberSpec,
+    experts: Sequence[MemberSpec],
+    *,
+    head: Path | None = None,
+    embed: Iterable[str] = (),
+    alpha: float = 1.0,
+    training: dict[str, Any] | None = None,
+    relative_to: Path | None = None,
+) -> FusionRouteConfig:
+    """Make a collection folder from members.
+
+    Adapters are copied into it, since they are small and belong to it; whole models stay references unless named in
+    `embed`. Digests are taken of what is there now.
+
+    Args:
+        head: folder with a trained `route_head.safetensors`; None writes an untrained one.
+        embed: names of the whole-model members to copy in.
+        training: free-form account of how the router was trained, for the card.
+        relative_to: what `./` in a source means.
+
+    Raises:
+        FusionRouteError: a member cannot be had, or tokenizers disagree (before any weight is loaded).
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from fusionroute.card import write_card
+    from fusionroute.router import HEAD_FILE
+
+    specs = [router, *experts]
+    if not experts:
+        raise UsageError("a collection needs at least one expert")
+    tokenizers = {
+        s.name: sources.resolve(s.source, revision=s.revision, relative_to=relative_to, what="tokenizer") for s in specs
+    }
+    report = vocabulary.check_vocabularies(tokenizers)
+    with staged_folder(out) as scratch:
+        kept: list[MemberSpec] = []
+        ends: list[int] = []
+        configs = {}
+        for spec in specs:
+            folder = sources.resolve(spec.source, revision=spec.revision, relative_to=relative_to)
+            sources.check_model_folder(folder)
+            configs[spec.name] = AutoConfig.from_pretrained(folder)
+            ends += _end_ids(folder, configs[spec.name])
+            spec = replace(
+                spec, digest=sources.weights_digest(folder), license=spec.license or sources.license_of(folder)
+            )
+            if spec.adapter is not None:
+                adapter = sources.resolve(
+                    spec.adapter, revision=spec.adapter_revision, relative_to=relative_to, what="adapter"
+                )
+                _check_base_of(spec, adapter)
+                spec = replace(spec, adapter_digest=sources.weights_digest(adapter))
+                _copy_adapter(adapter, scratch / spec.module)
+                spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
+            elif spec.name in embed:
+                _copy_model(folder, scratch / spec.module)
+                spec = replace(spec, source=f"./{spec.module}", revision=None)
+            elif _is_local(spec.source):
+                # A reference to this machine, whatever folder the collection is later read from.
+                spec = replace(spec, source=str(folder))
+            kept.append(spec)
+        own = configs[ROUTER]
+        vocab = min([report.common, *(c.vocab_size for c in configs.values())])
+        config = FusionRouteConfig(
+            vocab_size=vocab,
+            alpha=alpha,
+            head_trained=head is not None,
+            training=training,
+            hidden_size=own.hidden_size,
+            num_hidden_layers=own.num_hidden_layers,
+            num_attention_heads=own.num_attention_heads,
+            max_position_embeddings=min(getattr(c, "max_position_embeddings", 1 << 30) for c in configs.values()),
+            bos_token_id=own.bos_token_id,
+            eos_token_id=sorted(set(ends)) or None,
+            architectures=["FusionRouteForCausalLM"],
+        )
+        config.set_members(kept[0], kept[1:])
+        config.save_pretrained(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizers[ROUTER])
+        config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.save_pretrained(scratch)
+        _write_generation_config(scratch, tokenizers[ROUTER], config)
+        if head is None:
+            _write_untrained_head(scratch / ROUTER, config)
+        else:
+            (scratch / ROUTER).mkdir(exist_ok=True)
+            shutil.copyfile(head / HEAD_FILE, scratch / ROUTER / HEAD_FILE)
+        write_card(scratch, config)
+    return config
+
+
+def _write_untrained_head(folder: Path, config: FusionRouteConfig) -> None:
+    from fusionroute.router import RouteHead
+
+    folder.mkdir(exist_ok=True)
+    RouteHead(config.hidden_size, config.expert_names).save(folder)
+
+
+def _write_generation_config(out: Path, router: Path, config: FusionRouteConfig) -> None:
+    """The router's generation config; a text ends at any member's end id."""
+    from transformers import GenerationConfig
+
+    if (router / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(router)
+    else:
+        generation = GenerationConfig()
+    generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
+    generation.pad_token_id = config.pad_token_id
+    generation.save_pretrained(out)
+
+
+def _end_ids(folder: Path, config: Any) -> list[int]:
+    """End ids of one member, from its generation config if it has one."""
+    path = folder / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = config.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _check_base_of(spec: MemberSpec, adapter: Path) -> None:
+    """Refuse an adapter whose provenance names another base than `spec` does."""
+    provenance = adapter / "provenance.json"
+    trained_on = read_json(provenance).get("base_digest") if provenance.is_file() else None
+    if trained_on not in (None, spec.digest):
+        raise FusionRouteError(
+            f"{spec.name}: adapter {adapter} was trained on a base with digest {trained_on}, but {spec.source} has "
+            f"{spec.digest}: name the base it was trained on"
+        )
+
+
+def _is_local(source: str) -> bool:
+    return sources.Source.parse(source).kind == "local"
+
+
+def _copy_adapter(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def _copy_model(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file():
+            shutil.copyfile(path, out / path.name)
+
+
+def local_references(config: FusionRouteConfig) -> list[str]:
+    """Members whose weights are named by a path of this machine, as `name (path)`."""
+    return [
+        f"{spec.name} ({spec.source})"
+        for spec in config.member_specs
+        if _is_local(spec.source) and not spec.source.startswith("./")
+    ]
+
+
+def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> None:
+    """Write a loaded collection to `out`.
+
+    Experts are copied from their files, bit for bit: they are never altered. The router's adapter, or its weights if
+    they are embedded, and the route head are written from memory. Referenced models stay references unless `embed`.
+
+    Raises:
+        FusionRouteError: `out` is not empty, or the disk is full.
+    """
+    from fusionroute.card import write_card
+    from fusionroute.router import save_router_adapter
+
+    config = FusionRouteConfig.from_dict(model.config.to_dict())
+    config.architectures = ["FusionRouteForCausalLM"]
+    with staged_folder(out, replace=False) as scratch:
+        kept = []
+        for spec, member in zip(config.member_specs, model.members, strict=True):
+            folder = scratch / spec.module
+            embedded = embed or spec.source.startswith("./")
+            if spec.adapter is not None:
+                assert member.adapter_folder is not None
+                _copy_adapter(member.adapter_folder, folder)
+                if spec.is_router:
+                    save_router_adapter(member, folder)
+                    spec = replace(spec, adapter_digest=sources.weights_digest(folder))
+                spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
+            if embedded:
+                spec = replace(spec, source=_embed(member, spec, scratch, config), revision=None)
+            kept.append(spec)
+        config.set_members(kept[0], kept[1:])
+        config.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        (scratch / ROUTER).mkdir(exist_ok=True)
+        model.router.route_head.save(scratch / ROUTER)
+        assert model.folder is not None
+        for name in _TOKENIZER_FILES:
+            if (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, scratch / name)
+        write_card(scratch, config)
+
+
+def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) -> str:
+    """Copy a member's weights into the collection, once for all members that stand on them; returns the source."""
+    shared = [s.name for s in config.member_specs if (s.source, s.revision) == (spec.source, spec.revision)]
+    adapted = any(s.adapter for s in config.member_specs if s.name in shared)
+    name = "base" if adapted else spec.module
+    if spec.is_router and not adapted:
+        member.model.save_pretrained(out / name)  # a whole router may have been trained in memory
+        for path in member.folder.iterdir():
+            if path.name in _TOKENIZER_FILES:
+                shutil.copyfile(path, out / name / path.name)
+    elif not (out / name).exists():
+        _copy_model(member.folder, out / name)
+    return f"./{name}"
+
+
+def push(model: "FusionRouteForCausalLM", repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
+    """Save to a scratch folder and upload it; refuses before writing anything if a member is local."""
+    import tempfile
+
+    if not embed:
+        _refuse_local(model.config)
+    with tempfile.TemporaryDirectory() as scratch:
+        save(model, Path(scratch) / "collection", embed=embed)
+        return upload(Path(scratch) / "collection", repo_id, read_config(Path(scratch) / "collection"), **kwargs)
+
+
+def upload(folder: Path, repo_id: str, config: FusionRouteConfig, **kwargs: Any) -> str:
+    """Upload a collection folder to the Hub and return its address."""
+    from huggingface_hub import HfApi
+
+    _refuse_local(config)
+    api = HfApi(token=kwargs.pop("token", None))
+    address = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+    api.upload_folder(
+        folder_path=folder, repo_id=address.repo_id, commit_message=kwargs.pop("commit_message", "Upload collection")
+    )
+    return str(address)
+
+
+def _refuse_local(config: FusionRouteConfig) -> None:
+    local = local_references(config)
+    if local:
+        raise UsageError(
+            f"cannot push: {', '.join(local)} is a path of this machine; pass embed=True, or make the collection from "
+            "a Hub id"
+        )

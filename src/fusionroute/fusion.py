@@ -1,0 +1,113 @@
+"""Eq. 1 and the token trace, as pure functions on tensors. Knows no model, tokenizer or file.
+
+Shapes: B rows, T positions, V vocabulary, n experts. Everything is added in float32 (invariant 6).
+Source: Xiong et al., arXiv 2601.05106, Eq. 1 with the weight α of the complement (α = 1 in the paper).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def route(scores: Tensor) -> Tensor:
+    """The chosen expert, `arg max` over the last axis of `scores [..., n]`; ties go to the lowest index."""
+    # torch.argmax does not promise which of several maxima it returns, so they are given distinct ranks.
+    ranks = torch.arange(scores.shape[-1], 0, -1, device=scores.device)
+    return ((scores == scores.amax(dim=-1, keepdim=True)) * ranks).argmax(dim=-1)
+
+
+def fuse(router_logits: Tensor, expert_logits: Tensor, alpha: float = 1.0) -> Tensor:
+    """Eq. 1: `α·ℓ_router + ℓ_expert`, `[..., V] -> [..., V]` float32.
+
+    Raw logits and log-probabilities differ by a constant per position, so both give the same distribution.
+    """
+    return expert_logits.float() if alpha == 0 else expert_logits.float() + alpha * router_logits.float()
+
+
+def select(expert_logits: Sequence[Tensor], routes: Tensor) -> Tensor:
+    """Logits of the chosen expert: n tensors `[..., V]` and `routes [...]` give `[..., V]`."""
+    chosen = expert_logits[0]
+    for index in range(1, len(expert_logits)):
+        chosen = torch.where((routes == index).unsqueeze(-1), expert_logits[index], chosen)
+    return chosen
+
+
+def product(expert_logits: Sequence[Tensor]) -> Tensor:
+    """The uniform product of all experts, `Π_i π_i^{1/n}` up to its normaliser: the mean of their logits, float32."""
+    return torch.stack([logits.float() for logits in expert_logits]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """Who wrote one token.
+
+    Attributes:
+        id: the emitted token.
+        text: its text, in a stream the characters it completes.
+        expert: the chosen expert.
+        weights: softmax of the route scores, by expert.
+        expert_choice, router_choice, fused_choice: arg-max ids of the expert alone, the router alone, and Eq. 1.
+        overruled: the fused arg-max is not the expert's.
+        gap: fused log-probability of the emitted token minus the expert's, in nats.
+        drafted: the token was proposed by a drafter and accepted.
+    """
+
+    id: int
+    text: str
+    expert: str
+    weights: dict[str, float]
+    expert_choice: int
+    router_choice: int
+    fused_choice: int
+    overruled: bool
+    gap: float
+    drafted: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def trace_token(
+    token: int,
+    text: str,
+    names: Sequence[str],
+    chosen: int,
+    scores: Tensor,
+    router_logits: Tensor,
+    expert_logits: Tensor,
+    fused_logits: Tensor,
+) -> TokenTrace:
+    """The trace of one emitted token from that position's `scores [n]` and logits `[V]`."""
+    weights = scores.float().softmax(dim=-1).tolist()
+    expert_choice, fused_choice = int(expert_logits.argmax()), int(fused_logits.argmax())
+    gap = fused_logits.float().log_softmax(-1)[token] - expert_logits.float().log_softmax(-1)[token]
+    return TokenTrace(
+        id=token,
+        text=text,
+        expert=names[chosen],
+        weights=dict(zip(names, weights, strict=True)),
+        expert_choice=expert_choice,
+        router_choice=int(router_logits.argmax()),
+        fused_choice=fused_choice,
+        overruled=fused_choice != expert_choice,
+        gap=float(gap),
+    )
+
+
+def shares(trace: Sequence[TokenTrace], names: Sequence[str]) -> dict[str, float]:
+    """Fraction of the tokens that each expert wrote."""
+    return {name: sum(t.expert == name for t in trace) / max(len(trace), 1) for name in names}
+
+
+def switch_rate(trace: Sequence[TokenTrace]) -> float:
+    """Changes of expert ÷ (tokens − 1)."""
+    changes = sum(a.expert != b.expert for a, b in zip(trace, trace[1:], strict=False))
+    return changes / max(len(trace) - 1, 1)
+
+
+def overruled_rate(trace: Sequence[TokenTrace]) -> float:
+    """Fraction of the tokens at which the router overruled the expert."""
+    return sum(t.overruled for t in trace) / max(len(trace), 1)

@@ -1,0 +1,262 @@
+"""One causal LM of a collection, as the rest of the code sees it: ids in, logits out, whoever holds the weights.
+
+A member is a whole model, a shared base as it stands, or a LoRA adapter on a shared base. Members on one base hold
+one copy of its weights; running one of them switches its adapter on first. Knows nothing of routing.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusionroute import sources
+from fusionroute.configuration import MemberSpec
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.files import read_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class Member(nn.Module):
+    """A causal LM and, if it is an adapter, the name under which its base knows it.
+
+    Args:
+        name: `router` or an expert's name.
+        model: the transformers model; shared by all members on one base.
+        peft: the wrapper that owns the adapters of `model`, if any member adapts it.
+        adapter: this member's adapter in `peft`; None runs the base with every adapter off.
+        folder, adapter_folder: where the weights were read from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: "PreTrainedModel",
+        peft: "PeftModel | None" = None,
+        adapter: str | None = None,
+        folder: Path | None = None,
+        adapter_folder: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.model = model
+        self.adapter = adapter
+        self.folder = folder
+        self.adapter_folder = adapter_folder
+        # In a tuple so that the base is not registered a second time as a sub-module of its own wrapper.
+        self._peft = (peft,)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def peft(self) -> "PeftModel | None":
+        return self._peft[0]
+
+    def activate(self) -> None:
+        """Switch this member's adapter on, or every adapter of its base off."""
+        if self.peft is None:
+            return
+        tuner = self.peft.base_model
+        if self.adapter is None:
+            tuner.disable_adapter_layers()
+            return
+        tuner.enable_adapter_layers()
+        self.peft.set_adapter(self.adapter, inference_mode=True)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The member's own `forward`: its logits are used as it returns them, soft-capped or scaled."""
+        self.activate()
+        return self.model(**inputs)
+
+    def forward_with_hidden(self, **inputs: Any) -> tuple[Any, Tensor]:
+        """`forward`, and what its LM head read: the hidden states `[B, K, d]` of the K positions it gives logits for."""
+        read: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _module, args: read.append(args[0]))
+        try:
+            output = self(**inputs)
+        finally:
+            hook.remove()
+        return output, read[0]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load members.
+
+    Attributes:
+        dtype: of the weights; None takes what the files hold.
+        device: where to put them.
+        attn_implementation: as in transformers; a member that lacks it runs eager (Gemma-2 has no sdpa).
+        base: replaces the source of every adapter (a local copy of the base, a Hub copy of a GGUF).
+        trust_remote_code: passed to transformers; off.
+    """
+
+    dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
+    attn_implementation: str | None = None
+    base: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_model(folder: Path, options: LoadOptions) -> "PreTrainedModel":
+    """A transformers causal LM from `folder`, every weight of it from a file.
+
+    Raises:
+        FusionRouteError: weights are missing, half-written, of another shape or unknown to the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sources.check_model_folder(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    attention = {}
+    if options.attn_implementation is not None:
+        supported = config.model_type != "gemma2" or options.attn_implementation != "sdpa"
+        attention = {"attn_implementation": options.attn_implementation if supported else "eager"}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=options.dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=options.trust_remote_code,
+            **attention,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FusionRouteError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    # transformers would fill what is missing with random numbers and go on.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            first = sorted(map(str, loading[problem]))[0]
+            raise FusionRouteError(
+                f"{folder}: {len(loading[problem])} {problem.replace('_', ' ')}, first {first}: "
+                "these are not the weights its config.json describes; fetch them again"
+            )
+    if options.device is not None:
+        model = model.to(options.device)
+    return model.eval().requires_grad_(False)
+
+
+def check_digest(spec: MemberSpec, folder: Path, *, override: bool) -> None:
+    """Compare the base weights in `folder` with the digest in `spec`.
+
+    With `override` (the user named another base) a difference is a warning, else an error.
+    """
+    if spec.digest is None:
+        return
+    found = sources.weights_digest(folder)
+    if found == spec.digest:
+        return
+    if override:
+        warnings.warn(
+            f"{spec.name}: {folder} has digest {found}, the adapter was trained on {spec.digest}; "
+            "the result may differ from the published one",
+            stacklevel=3,
+        )
+    else:
+        raise FusionRouteError(
+            f"{spec.name}: {folder} has digest {found}, the collection expects {spec.digest}: fetch the right weights, "
+            "or pass --base to use these on purpose"
+        )
+
+
+def check_adapter_digest(spec: MemberSpec, folder: Path) -> None:
+    found = sources.weights_digest(folder)
+    if spec.adapter_digest not in (None, found):
+        raise FusionRouteError(
+            f"{spec.name}: adapter {folder} has digest {found}, the collection expects {spec.adapter_digest}: "
+            "fetch the collection again"
+        )
+
+
+def attach_adapter(model: "PreTrainedModel", peft: "PeftModel | None", folder: Path, name: str) -> "PeftModel":
+    """Add the LoRA adapter in `folder` to `model` under `name`; every tensor of it must find its place.
+
+    Raises:
+        FusionRouteError: not a LoRA adapter, or one of another architecture or width.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    sources.check_adapter_folder(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        kind = read_json(folder / "adapter_config.json").get("peft_type")
+        raise FusionRouteError(f"{folder}: adapters of type {kind} are not supported, only LORA")
+    config.inference_mode = True
+    try:
+        if peft is None:
+            peft = PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        result = peft.load_adapter(str(folder), name, autocast_adapter_dtype=False, torch_device=str(model.device))
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise FusionRouteError(
+            f"{folder}: does not fit {model.config.architectures or type(model).__name__} of width "
+            f"{model.config.hidden_size}: {reason.splitlines()[0]}"
+        ) from error
+    missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
+    if missing or unexpected:
+        raise FusionRouteError(
+            f"{folder}: {len(missing)} adapter tensors missing, {len(unexpected)} unexpected, first "
+            f"{(missing + unexpected)[0]}: it belongs to another base than {model.config.architectures}"
+        )
+    peft.requires_grad_(False)
+    return peft
+
+
+def resolve_member(spec: MemberSpec, collection: Path | None, base: str | None = None) -> tuple[Path, Path | None]:
+    """Folders of the member's weights and, if it has one, of its adapter. `base` replaces its source."""
+    if base is None:
+        folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
+    else:
+        folder = sources.resolve(base)
+    if spec.adapter is None:
+        return folder, None
+    adapter = sources.resolve(spec.adapter, revision=spec.adapter_revision, relative_to=collection, what="adapter")
+    return folder, adapter
+
+
+def load_members(specs: Sequence[MemberSpec], collection: Path | None, options: LoadOptions) -> list[Member]:
+    """Load every member, in order; members with the same source share one copy of its weights.
+
+    Raises:
+        FusionRouteError: a source cannot be had, a digest differs, weights or adapters do not fit.
+    """
+    if options.base is not None and not any(spec.adapter for spec in specs):
+        raise UsageError("--base replaces the base of adapters, but this collection has none")
+    places = [resolve_member(spec, collection, _base_for(spec, specs, options.base)) for spec in specs]
+    for spec, (folder, adapter) in zip(specs, places, strict=True):
+        check_digest(spec, folder, override=options.base is not None)
+        if adapter is not None:
+            check_adapter_digest(spec, adapter)
+    models: dict[Path, PreTrainedModel] = {}
+    wrappers: dict[Path, PeftModel] = {}
+    for spec, (folder, adapter) in zip(specs, places, strict=True):
+        if folder not in models:
+            models[folder] = load_model(folder, options)
+        if adapter is not None:
+            wrappers[folder] = attach_adapter(models[folder], wrappers.get(folder), adapter, spec.name)
+    return [
+        Member(
+            spec.name,
+            models[folder],
+            wrappers.get(folder),
+            spec.name if adapter is not None else None,
+            folder,
+            adapter,
+        )
+        for spec, (folder, adapter) in zip(specs, places, strict=True)
+    ]
+
+
+def _base_for(spec: MemberSpec, specs: Sequence[MemberSpec], base: str | None) -> str | None:
+    """`base`, if `spec` stands on a source that some adapter stands on (an expert may be the bare base itself)."""
+    adapted = {(s.source, s.revision) for s in specs if s.adapter is not None}
+    return base if (spec.source, spec.revision) in adapted else None

@@ -1,0 +1,117 @@
+"""Tiny random models and a tokenizer, made on the fly: what `--tiny` runs on and what the tests are built from.
+
+They prove wiring, not quality.
+"""
+
+from pathlib import Path
+from typing import Any
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# What the merges are learnt from; any text would do.
+_TEXT = (
+    "A farmer has 12 cows and buys 3 more. How many cows has he now? He has 12 + 3 = 15 cows.",
+    "def add(a, b):\n    return a + b\n\nassert add(1, 2) == 3",
+    "Write a function that returns the sum of a list. The answer to the question is below.",
+)
+
+
+def make_tokenizer(folder: Path, *, vocab_size: int = 320, eos: str = "<|im_end|>") -> Any:
+    """Train a byte-level BPE of `vocab_size` ids and save it, chat template included."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        _TEXT * 2,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(_SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(
+    folder: Path,
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    width: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    vocab_size: int = 320,
+    sliding_window: int = 6,
+    scale: float = 0.2,
+    dtype: Any = None,
+) -> Any:
+    """Make a random causal LM of `family` (llama, qwen2, gemma2), save it beside its tokenizer files and return it.
+
+    Args:
+        vocab_size: rows of the embedding; more than the tokenizer has makes a padded vocabulary.
+        sliding_window: of Gemma-2; shorter than the tests' texts, so that it matters.
+        scale: spread of the weights; the usual 0.02 makes all arg-max ties.
+    """
+    import torch
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 2, 1),
+        "max_position_embeddings": 512,
+        "initializer_range": scale,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(seed)
+    if family == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**common))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**common))
+    elif family == "gemma2":
+        extra = {"sliding_window": sliding_window, "head_dim": width // heads, "query_pre_attn_scalar": width // heads}
+        model = Gemma2ForCausalLM(Gemma2Config(**common, **extra))
+    else:
+        raise ValueError(f"unknown family {family!r}")
+    model = model.to(dtype or torch.float32).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def make_adapter(folder: Path, model: Any, *, seed: int = 0, rank: int = 4, scale: float = 0.3) -> None:
+    """Make a random LoRA adapter on `model` (both factors non-zero) and save it; `model` is left as it was."""
+    import copy
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(copy.deepcopy(model), config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)

@@ -1,0 +1,1 @@
+"""How a router is trained: data, annotation, losses and the training loop."""

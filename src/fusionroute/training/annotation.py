@@ -1,0 +1,218 @@
+"""What each expert thinks of the training data, written beside it: label log-probability and greedy id per token.
+
+One member in memory at a time; afterwards the router trains without any of them. Shards are whole or absent, so a
+killed annotation goes on where it stopped. A folder of shards is named by all that the numbers depend on: the ids and
+completion starts (so tokenizer, template, rows), the member's digests, dtype, attention and the common vocabulary.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusionroute import sources
+from fusionroute.errors import FusionRouteError
+from fusionroute.files import staged_file, write_json
+from fusionroute.members import Member
+from fusionroute.training.data import Item, Tokens, digest_sequences
+from fusionroute.training.logprobs import Head, hidden_states, score_labels
+
+SHARD = 256  # sequences in a file: some seconds to minutes of work
+BATCH_TOKENS = 2048  # padded tokens in a forward
+
+
+def annotation_key(member: Member, sequences: Sequence[Tokens], vocab_size: int) -> dict[str, Any]:
+    """All that the annotations of `sequences` by `member` depend on."""
+    assert member.folder is not None
+    return {
+        "sequences": digest_sequences(sequences),
+        "weights": sources.weights_digest(member.folder),
+        "adapter": None if member.adapter_folder is None else sources.weights_digest(member.adapter_folder),
+        "dtype": str(member.model.dtype).removeprefix("torch."),
+        "attention": member.config._attn_implementation,
+        "vocab_size": vocab_size,
+    }
+
+
+def batches(sequences: Sequence[Tokens], indices: Sequence[int], budget: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices grouped by length so that rows × longest ≤ `budget` (one row may exceed it)."""
+    batch: list[int] = []
+    for index in sorted(indices, key=lambda i: len(sequences[i].ids)):
+        if batch and (len(batch) + 1) * len(sequences[index].ids) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def pad_batch(sequences: Sequence[Tokens], device: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Right-padded inputs `[R, T]`, and of the N completion tokens the flat positions that predict them and the labels."""
+    width = max(len(s.ids) for s in sequences)
+    ids = torch.zeros((len(sequences), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(sequences):
+        ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
+        mask[row, : len(tokens.ids)] = 1
+    positions = torch.cat([torch.arange(s.start - 1, len(s.ids) - 1) + row * width for row, s in enumerate(sequences)])
+    labels = torch.cat([torch.tensor(s.completion) for s in sequences])
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return inputs, positions.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def annotate_batch(member: Member, head: Head, sequences: Sequence[Tokens]) -> list[dict[str, Tensor]]:
+    """Columns of each sequence: `logprobs [L]` float32 and `greedy [L]` int32 for its L completion tokens."""
+    inputs, positions, labels = pad_batch(sequences, member.model.device)
+    member.activate()
+    hidden = hidden_states(member.model, **inputs).flatten(0, 1)[positions]
+    scores = score_labels(hidden, head, labels)
+    lengths = [len(s.completion) for s in sequences]
+    logprobs, greedy = scores.logprobs.cpu().split(lengths), scores.greedy.int().cpu().split(lengths)
+    return [{"logprobs": lp, "greedy": g} for lp, g in zip(logprobs, greedy, strict=True)]
+
+
+def annotate(
+    member: Member, sequences: Sequence[Tokens], folder: Path, vocab_size: int, *, title: str | None = None
+) -> Path:
+    """Annotate `sequences` into a sub-folder of `folder` and return it; shards that are there are kept.
+
+    Raises:
+        FusionRouteError: a label lies outside the member's vocabulary, or the disk is full.
+    """
+    key = annotation_key(member, sequences, vocab_size)
+    target = folder / f"{member.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    largest = max((max(s.ids) for s in sequences), default=0)
+    if largest >= vocab_size:
+        raise FusionRouteError(
+            f"{member.name}: the data has token id {largest}, the common vocabulary {vocab_size} ids: "
+            "it was tokenized with another tokenizer"
+        )
+    if not (target / "key.json").is_file():
+        write_json(target / "key.json", key)
+    shards = [range(i, min(i + SHARD, len(sequences))) for i in range(0, len(sequences), SHARD)]
+    missing = [(n, shard) for n, shard in enumerate(shards) if not _shard(target, n).is_file()]
+    if not missing:
+        return target
+    head = Head(member.model, vocab_size)
+    member.activate()
+    head.check(member.model)
+    total = sum(len(sequences[i].ids) for _, shard in missing for i in shard)
+    meter = Meter(title or f"annotating with {member.name}", total)
+    for number, shard in missing:
+        columns: dict[int, dict[str, Tensor]] = {}
+        for batch in batches(sequences, shard):
+            columns |= dict(zip(batch, annotate_batch(member, head, [sequences[i] for i in batch]), strict=True))
+            meter.advance(sum(len(sequences[i].ids) for i in batch))
+        _write_shard(_shard(target, number), [columns[i] for i in shard])
+    meter.close()
+    return target
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _write_shard(path: Path, columns: Sequence[dict[str, Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.cat([c[name] for c in columns]) for name in ("logprobs", "greedy")}
+    if not torch.isfinite(tensors["logprobs"]).all():
+        raise FusionRouteError(f"{path.parent.name}: a label log-probability is not finite; try dtype float32")
+    with staged_file(path) as scratch:
+        save_file(tensors, scratch)
+
+
+def read_columns(folder: Path, sequences: Sequence[Tokens]) -> list[dict[str, Tensor]]:
+    """The columns of every sequence from a folder of shards.
+
+    Raises:
+        FusionRouteError: the folder is incomplete, or belongs to other data.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    lengths = [len(s.completion) for s in sequences]
+    parts: dict[str, list[Tensor]] = {"logprobs": [], "greedy": []}
+    for number in range((len(sequences) + SHARD - 1) // SHARD):
+        path = _shard(folder, number)
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise FusionRouteError(
+                f"{path} is missing: run `fusionroute annotate` again, it goes on from there"
+            ) from None
+        except SafetensorError as error:
+            raise FusionRouteError(f"{path} is not whole ({error}): remove it and annotate again") from None
+        for name, values in parts.items():
+            values.append(tensors[name])
+    logprobs, greedy = torch.cat(parts["logprobs"]), torch.cat(parts["greedy"])
+    if len(logprobs) != sum(lengths):
+        raise FusionRouteError(
+            f"{folder} annotates {len(logprobs)} tokens, the data has {sum(lengths)}: annotate again"
+        )
+    return [{"logprobs": lp, "greedy": g} for lp, g in zip(logprobs.split(lengths), greedy.split(lengths), strict=True)]
+
+
+def sequences_of(items: Sequence[Item]) -> list[Tokens]:
+    """Every sequence of every item, in order."""
+    return [sequence for item in items for sequence in item.sequences]
+
+
+def with_annotations(items: Sequence[Item], experts: Sequence[Path], reference: Path | None = None) -> list[Item]:
+    """Items with the experts' columns (folders in route order) and, for pairs, the reference's."""
+    sequences = sequences_of(items)
+    columns = [read_columns(folder, sequences) for folder in experts]
+    references = None if reference is None else read_columns(reference, sequences)
+    annotated, at = [], 0
+    for item in items:
+        sides = []
+        for index in range(at, at + len(item.sequences)):
+            side = {name: torch.stack([c[index][name] for c in columns], dim=-1) for name in ("logprobs", "greedy")}
+            if references is not None:
+                side["reference"] = references[index]["logprobs"]
+            sides.append(side)
+        at += len(item.sequences)
+        annotated.append(Item(item.sequences, item.domain, tuple(sides)))
+    return annotated
+
+
+class Meter:
+    """Progress in tokens: a bar on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.printed = time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(title, total=total, note="")
+            self.bar.start()
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, note=f"{rate:.0f} tokens/s")
+        elif now - self.printed > 30:
+            self.printed = now
+            left = (self.total - self.done) / rate / 60
+            print(
+                f"{self.title}: {self.done}/{self.total} tokens  {rate:.0f} tokens/s  {left:.0f} min left",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,208 @@
+"""Rows to tokens, and tokens with annotations to mixed batches (Algorithm 1). Knows no file format and no loss.
+
+A `Tokens` is one sequence: a prompt, and the completion that everything is computed on. An SFT item is one sequence, a
+preference item two (chosen, rejected). Annotation columns run beside the completion tokens.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from fusionroute.errors import FusionRouteError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of prompt and completion; the completion starts at `start ≥ 1`."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        return self.ids[self.start :]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training item: one sequence (SFT) or two (chosen, rejected).
+
+    Attributes:
+        annotations: per sequence, the experts' columns: `logprobs [L, n]` and `greedy [L, n]` for its L completion
+            tokens; `reference [L]`, π_ref's label log-probabilities, for pairs.
+    """
+
+    sequences: tuple[Tokens, ...]
+    domain: str
+    annotations: tuple[Mapping[str, Tensor], ...] = field(default=())
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.sequences) == 2
+
+    @property
+    def length(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+
+def tokenize_turns(tokenizer: Any, prompt: Sequence[Mapping[str, str]], answer: Sequence[Mapping[str, str]]) -> Tokens:
+    """Render prompt and answer with the chat template, once; the completion ends with the end-of-turn token.
+
+    Raises:
+        FusionRouteError: the tokenizer has no chat template, or renders an empty completion.
+    """
+    if tokenizer.chat_template is None:
+        raise FusionRouteError(
+            f"{tokenizer.name_or_path} has no chat template: training needs the router's to have one"
+        )
+    head = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+    full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)["input_ids"]
+    start = next((i for i, (a, b) in enumerate(zip(head, full, strict=False)) if a != b), min(len(head), len(full)))
+    # Templates put a line break after the end of a turn; no model is asked to write it.
+    ends = {tokenizer.eos_token_id}
+    stop = len(full)
+    while stop > start and full[stop - 1] not in ends:
+        stop -= 1
+    full = full[: stop if stop > start else len(full)]
+    if start < 1 or start >= len(full):
+        raise FusionRouteError(f"the chat template renders nothing for the answer to {prompt[-1]['content'][:60]!r}")
+    return Tokens(tuple(full), start)
+
+
+def tokenize_rows(
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, context: int, max_length: int | None = None
+) -> tuple[list[Item], int]:
+    """Chat and preference rows to items without annotations, and how many rows `max_length` dropped.
+
+    Args:
+        context: the shortest context of the members, in tokens.
+        max_length: rows with a longer sequence are dropped; None keeps all and refuses what exceeds `context`.
+
+    Raises:
+        FusionRouteError: no row is left, or one exceeds the context.
+    """
+    items = []
+    dropped = 0
+    for number, row in enumerate(rows):
+        if "messages" in row:
+            turns = [(row["messages"][:-1], row["messages"][-1:])]
+        else:
+            turns = [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
+        sequences = tuple(tokenize_turns(tokenizer, prompt, answer) for prompt, answer in turns)
+        longest = max(len(sequence.ids) for sequence in sequences)
+        if max_length is not None and longest > max_length:
+            dropped += 1
+            continue
+        if longest > context:
+            raise FusionRouteError(
+                f"row {number} ({row.get('domain')}) has {longest} tokens, the members' context is {context}: "
+                "set max_length to drop such rows"
+            )
+        items.append(Item(sequences, row.get("domain", "")))
+    if not items:
+        raise FusionRouteError(f"no row to train on: {len(rows)} given, {dropped} longer than max_length {max_length}")
+    return items, dropped
+
+
+def digest_sequences(sequences: Sequence[Tokens]) -> str:
+    """What an annotation is keyed by: the ids and where completions start, so tokenizer, template and rows at once."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(torch.tensor([len(sequence.ids), sequence.start, *sequence.ids], dtype=torch.int32).numpy())
+    return digest.hexdigest()
+
+
+class Items(Dataset):
+    """A list of items, as torch wants it."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+class LengthGroups(Sampler[int]):
+    """Batches of similar length in random order: shuffle, sort within groups of 32 batches, shuffle the batches.
+
+    The order is a function of (seed, epoch), so a resumed run meets the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = list(lengths), batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        group = 32 * self.batch
+        batches = []
+        for start in range(0, len(order), group):
+            piece = sorted(order[start : start + group], key=lambda i: self.lengths[i])
+            batches += [piece[i : i + self.batch] for i in range(0, len(piece), self.batch)]
+        # A short batch must stay last, or the batches after it would be cut elsewhere.
+        short = [b for b in batches if len(b) < self.batch]
+        whole = [b for b in batches if len(b) == self.batch]
+        for index in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[index]
+        for piece in short:
+            yield from piece
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items to one mixed batch of tensors.
+
+    The batch has R sequences (SFT items first, then pairs as chosen, rejected, chosen, …), right-padded to T, and N flat
+    completion positions:
+
+        input_ids, attention_mask `[R, T]`
+        positions `[N]`   index into the flat `[R·T]` hidden states of what predicts the label
+        labels `[N]`, sequence `[N]` (0 … R−1)
+        sft_rows `[1]`, sft_positions `[1]`   how many of R and of N belong to SFT items; they come first
+        logprobs `[N, n]`, greedy `[N, n]`, reference `[N]`, domain `[N]` (index into `domains`)
+    """
+
+    domains: tuple[str, ...]
+    pad: int
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        ordered = [i for i in items if not i.is_pair] + [i for i in items if i.is_pair]
+        sequences = [(s, item, k) for item in ordered for k, s in enumerate(item.sequences)]
+        width = max(len(s.ids) for s, _, _ in sequences)
+        ids = torch.full((len(sequences), width), self.pad)
+        mask = torch.zeros_like(ids)
+        columns: dict[str, list[Tensor]] = {
+            k: [] for k in ("positions", "labels", "sequence", "domain", "logprobs", "greedy", "reference")
+        }
+        for row, (tokens, item, side) in enumerate(sequences):
+            ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
+            mask[row, : len(tokens.ids)] = 1
+            count = len(tokens.completion)
+            annotation = item.annotations[side]
+            columns["positions"].append(torch.arange(count) + row * width + tokens.start - 1)
+            columns["labels"].append(torch.tensor(tokens.completion))
+            columns["sequence"].append(torch.full((count,), row))
+            columns["domain"].append(torch.full((count,), self.domains.index(item.domain)))
+            columns["logprobs"].append(annotation["logprobs"])
+            columns["greedy"].append(annotation["greedy"].long())
+            columns["reference"].append(annotation.get("reference", torch.zeros(count)))
+        batch = {key: torch.cat(values) for key, values in columns.items()}
+        sft = [s for s, item, _ in sequences if not item.is_pair]
+        batch |= {"input_ids": ids, "attention_mask": mask}
+        batch["sft_rows"] = torch.tensor([len(sft)])
+        batch["sft_positions"] = torch.tensor([sum(len(s.completion) for s in sft)])
+        return batch

@@ -1,0 +1,123 @@
+"""LoRA experts: a thin step around trl's SFTTrainer. Rows in, an adapter folder out; knows nothing of routing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusionroute import sources
+from fusionroute.errors import FusionRouteError
+from fusionroute.files import staged_folder, write_json
+from fusionroute.members import LoadOptions, load_model
+from fusionroute.training.running import Progress, StopOnNan, last_checkpoint, make_arguments, quiet
+
+PROVENANCE = "provenance.json"
+
+
+class LoraSettings(BaseModel):
+    """A LoRA adapter's shape (arXiv 2106.09685)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    r: int = Field(8, gt=0, description="rank")
+    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+def lora_config(settings: LoraSettings) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_adapter(model: Any, folder: Path, dtype: torch.dtype, provenance: dict[str, Any]) -> None:
+    """Write the adapter of the PeftModel `model` in `dtype`, with where it came from beside it.
+
+    The provenance holds the digest of the base: PEFT's own file can only name a path.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with staged_folder(folder, replace=True) as scratch:
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        weights = scratch / "adapter_model.safetensors"
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+        config_file = scratch / "adapter_config.json"
+        config = json.loads(config_file.read_text())
+        config["base_model_name_or_path"] = provenance.get("base")
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
+        write_json(scratch / PROVENANCE, provenance)
+
+
+def train_expert(
+    base: str,
+    rows: list[dict],
+    out: Path,
+    *,
+    name: str,
+    lora: LoraSettings,
+    arguments: dict[str, Any],
+    run: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Train a LoRA expert on chat rows and write it to `out`.
+
+    Args:
+        base: source of the base model (`fusionroute.sources`).
+        rows: chat rows; the loss is on the last assistant message alone.
+        arguments: any field of `trl.SFTConfig`.
+        run: folder for checkpoints; a killed run goes on from the newest whole one.
+
+    Raises:
+        FusionRouteError: no rows, trl is missing, or the loss became NaN.
+    """
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise FusionRouteError("training an expert needs trl: pip install 'fusionroute[train]'") from error
+    import datasets
+    from peft import get_peft_model
+    from transformers import AutoTokenizer
+    from transformers.trainer_callback import PrinterCallback
+
+    if not rows:
+        raise FusionRouteError(f"expert {name}: there is no row to train on")
+    folder = sources.resolve(base)
+    data = datasets.Dataset.from_list(
+        [{"prompt": row["messages"][:-1], "completion": [row["messages"][-1]]} for row in rows]
+    )
+    with quiet():
+        model = load_model(folder, LoadOptions(dtype=dtype))
+        config = make_arguments(SFTConfig, run, arguments)
+        torch.manual_seed(config.seed)  # SFTTrainer seeds itself, but the adapter is initialised before it
+        peft_model = get_peft_model(model, lora_config(lora))
+        trainer = SFTTrainer(
+            model=peft_model,
+            args=config,
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            callbacks=[Progress(f"expert {name}"), StopOnNan()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = last_checkpoint(run)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    provenance = {
+        "base": base,
+        "base_digest": sources.weights_digest(folder),
+        "rows": len(rows),
+        "tokens": trainer.state.num_input_tokens_seen,
+        "steps": trainer.state.global_step,
+        "arguments": arguments,
+        "lora": lora.model_dump(),
+    }
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)

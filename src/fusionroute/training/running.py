@@ -1,0 +1,148 @@
+"""What every training run shares: whole checkpoints only, a progress line with tokens/s, and a stop at the first NaN."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fusionroute.errors import FusionRouteError
+
+
+def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
+    """A `TrainingArguments` of class `kind` with this project's defaults under what the recipe gives.
+
+    Defaults: no reports, the two newest checkpoints kept, our own progress, CPU where there is nothing better, and no
+    activation checkpointing (trl turns it on, which costs a third of the speed where memory is not short).
+
+    Raises:
+        FusionRouteError: an argument that `kind` does not have.
+    """
+    names = {field.name for field in fields(kind)}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise FusionRouteError(
+            f"{', '.join(unknown)}: no such training argument ({kind.__name__} has none of that name)"
+        )
+    defaults = {
+        "output_dir": str(run),
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_nan_inf_filter": False,  # it would replace a NaN by the running mean and go on
+        "gradient_checkpointing": False,
+    }
+    with warnings.catch_warnings():
+        # transformers 5.2x renamed gradient_checkpointing; the old name is the one that every supported version has.
+        warnings.simplefilter("ignore", FutureWarning)
+        return kind(**{**defaults, **given})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to the end; half-written ones are removed.
+
+    transformers writes `trainer_state.json` last, so a folder in which it parses is whole.
+    """
+    whole: list[tuple[int, Path]] = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            whole.append((step, checkpoint))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return max(whole)[1] if whole else None
+
+
+class StopOnNan(TrainerCallback):
+    """Ends a run whose loss or gradient is no longer a number, before it is saved."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        for key in ("loss", "grad_norm"):
+            value = (logs or {}).get(key)
+            if isinstance(value, (int, float)) and not math.isfinite(value):
+                raise FusionRouteError(
+                    f"training stopped at step {state.global_step}: {key} is {value}; lower the learning rate "
+                    f"(it was {(logs or {}).get('learning_rate', args.learning_rate):.3g}) or look at the data near there"
+                )
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens/s and time left on a terminal; one line per log interval elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.started = 0.0
+        self.first_step = 0
+        self.first_tokens = 0
+        self.bar: Any = None
+        self.task: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self.first_tokens = int(state.num_input_tokens_seen or 0)
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
+            self.bar.start()
+
+    def _rate(self, state: TrainerState) -> float:
+        return (int(state.num_input_tokens_seen or 0) - self.first_tokens) / max(time.monotonic() - self.started, 1e-9)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, note=f"{self._rate(state):.0f} tokens/s")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        elapsed = time.monotonic() - self.started
+        done = max(state.global_step - self.first_step, 1)
+        left = elapsed / done * (state.max_steps - state.global_step)
+        text = (
+            f"{self.title}: step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"{self._rate(state):.0f} tokens/s  {left / 60:.0f} min left"
+        )
+        if self.bar is None:
+            print(text, file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Keep transformers' and datasets' own bars and advice off the screen while ours is on it."""
+    import datasets
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+        datasets.enable_progress_bars()

@@ -216,10 +216,10 @@ def assemble(
             architectures=["FusionRouteForCausalLM"],
         )
         config.set_members(kept[0], kept[1:])
+        # Copied, not loaded and saved: transformers picks a tokenizer class by model type and may rewrite the rules.
+        _copy_tokenizer(tokenizers[ROUTER], scratch)
+        config.pad_token_id = AutoTokenizer.from_pretrained(scratch).pad_token_id
         config.save_pretrained(scratch)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizers[ROUTER])
-        config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.save_pretrained(scratch)
         _write_generation_config(scratch, tokenizers[ROUTER], config)
         if head is None:
             _write_untrained_head(scratch / ROUTER, config)
@@ -271,6 +271,12 @@ def _check_base_of(spec: MemberSpec, adapter: Path) -> None:
 
 def _is_local(source: str) -> bool:
     return sources.Source.parse(source).kind == "local"
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
 
 
 def _copy_adapter(folder: Path, out: Path) -> None:
@@ -331,9 +337,7 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
         (scratch / ROUTER).mkdir(exist_ok=True)
         model.router.route_head.save(scratch / ROUTER)
         assert model.folder is not None
-        for name in _TOKENIZER_FILES:
-            if (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, scratch / name)
+        _copy_tokenizer(model.folder, scratch)
         write_card(scratch, config)
 
 
@@ -344,9 +348,7 @@ def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) 
     name = "base" if adapted else spec.module
     if spec.is_router and not adapted:
         member.model.save_pretrained(out / name)  # a whole router may have been trained in memory
-        for path in member.folder.iterdir():
-            if path.name in _TOKENIZER_FILES:
-                shutil.copyfile(path, out / name / path.name)
+        _copy_tokenizer(member.folder, out / name)
     elif not (out / name).exists():
         _copy_model(member.folder, out / name)
     return f"./{name}"

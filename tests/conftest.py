@@ -1,21 +1,33 @@
-"""Tiny collections on disk, built once a session."""
+"""Tiny collections on disk, built once a session, and an oracle that computes Eq. 1 without fusionroute's code."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusionroute.modeling import FusionRouteForCausalLM
+
 # Kinds of collection the reference must be exact for; (family, width, layers, padded vocabulary, adapter) per member.
+# BARE is a shared base as it stands, with none of its adapters on.
+BARE = "bare"
 SHAPES = {
     "llama": [("llama", 32, 2, 0, False), ("llama", 48, 3, 0, False), ("llama", 32, 2, 0, False)],
     "gemma2": [("gemma2", 32, 2, 0, False), ("gemma2", 32, 4, 0, False), ("gemma2", 48, 2, 0, False)],
     "qwen2": [("qwen2", 32, 2, 8, False), ("qwen2", 48, 2, 16, False), ("qwen2", 32, 2, 0, False)],
     "adapters": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True)],
     "mixed": [("llama", 32, 2, 0, True), ("gemma2", 48, 2, 16, False), ("llama", 32, 2, 0, True), ("qwen2", 32, 2, 8, False)],
+    "bare": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, BARE), ("llama", 32, 2, 0, True)],
+    "two_bases": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True), ("qwen2", 48, 2, 0, True), ("qwen2", 48, 2, 0, BARE)],
 }
 
 
@@ -39,7 +51,7 @@ def make_collection(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         specs = []
         for number, (family, width, layers, pad, adapted) in enumerate(SHAPES[shape]):
             name = "router" if number == 0 else ("math", "code", "general")[number - 1]
-            key = (family, width, layers, pad, adapted) if adapted else (number,)
+            key = (family, width, layers, pad) if adapted else (number,)
             if key not in bases:
                 folder = root / f"model{len(bases)}"
                 vocab = len(tokenizer) + pad
@@ -48,7 +60,7 @@ def make_collection(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
                 bases[key] = (folder, model)
             folder, model = bases[key]
             adapter = None
-            if adapted:
+            if adapted is True:
                 adapter = root / f"adapter_{name}"
                 tiny.make_adapter(adapter, model, seed=10 + number)
             specs.append(MemberSpec(name, str(folder), adapter=None if adapter is None else str(adapter)))
@@ -70,3 +82,138 @@ def make_collection(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def any_collection(request: pytest.FixtureRequest, make_collection: Callable[[str], Path]) -> Path:
     """Each shape of tiny collection in turn."""
     return make_collection(request.param)
+
+
+@pytest.fixture(scope="session")
+def load(make_collection: Callable[[str], Path]) -> "Callable[[str], FusionRouteForCausalLM]":
+    """A function from the name of a shape to its loaded collection; shared, so a test must leave it as it was."""
+    loaded: dict[str, FusionRouteForCausalLM] = {}
+
+    def get(shape: str) -> "FusionRouteForCausalLM":
+        from fusionroute.modeling import FusionRouteForCausalLM
+
+        if shape not in loaded:
+            loaded[shape] = FusionRouteForCausalLM.from_pretrained(make_collection(shape))
+        return loaded[shape]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=sorted(SHAPES))
+def shape(request: pytest.FixtureRequest) -> str:
+    """The name of each shape in turn."""
+    return request.param
+
+
+class Oracle:
+    """Eq. 1 by hand: each member loaded on its own through transformers and PEFT, one row, no padding, no cache.
+
+    Of fusionroute it uses nothing; `config.json` is read as JSON.
+
+    Args:
+        folder: of the collection.
+        base: replaces the source of every member with the first member's.
+    """
+
+    def __init__(self, folder: Path, base: Path | None = None) -> None:
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        config = json.loads((folder / "config.json").read_text())
+        specs = [config["router"], *config["experts"]]
+        self.names = [spec["name"] for spec in config["experts"]]
+        self.models = []
+        for spec in specs:
+            source = base if base is not None and spec["source"] == specs[0]["source"] else folder / spec["source"]
+            model = AutoModelForCausalLM.from_pretrained(source).eval()
+            if spec["adapter"] is not None:
+                model = PeftModel.from_pretrained(model, str(folder / spec["adapter"])).eval()
+            self.models.append(model)
+        self.head = load_file(folder / "router" / "route_head.safetensors")["weight"]
+        self.vocab = len(AutoTokenizer.from_pretrained(folder))
+
+    def terms(self, row: Sequence[int]) -> "tuple[Tensor, Tensor, Tensor]":
+        """Scores `[T, n]`, the router's logits `[T, V]` and the experts' `[n, T, V]`."""
+        import torch
+
+        ids = torch.tensor([list(row)])
+        with torch.no_grad():
+            outputs = [model(input_ids=ids, output_hidden_states=True, use_cache=False) for model in self.models]
+        logits = torch.cat([output.logits[..., : self.vocab].float() for output in outputs])
+        return outputs[0].hidden_states[-1][0].float() @ self.head.T, logits[0], logits[1:]
+
+    def __call__(
+        self,
+        row: Sequence[int],
+        *,
+        alpha: float = 1.0,
+        expert: str | None = None,
+        routing: str = "token",
+        prompt: int | None = None,
+    ) -> "tuple[Tensor, list[int]]":
+        """Fused logits `[T, V]` and routes `[T]` of one row; `prompt` is the length of its prompt (default: all)."""
+        import torch
+
+        scores, router, experts = self.terms(row)
+        # The first of equal maxima, said in plain Python.
+        routes = [values.index(max(values)) for values in scores.tolist()]
+        if routing == "query":
+            routes = [routes[(prompt or len(row)) - 1]] * len(row)
+        if expert is not None:
+            routes = [self.names.index(expert)] * len(row)
+        if routing == "uniform":
+            return alpha * router + sum(experts) / len(experts), [-1] * len(row)
+        chosen = torch.stack([experts[index, position] for position, index in enumerate(routes)])
+        return alpha * router + chosen, routes
+
+    def greedy(
+        self,
+        row: Sequence[int],
+        count: int,
+        *,
+        adjust: "Callable[[list[int], Tensor], Tensor] | None" = None,
+        end: int = 2,
+        **policy: Any,
+    ) -> list[int]:
+        """The new tokens, at most `count`, `end` included; `adjust` changes the logits before the arg-max."""
+        ids = list(row)
+        while len(ids) < len(row) + count and (len(ids) == len(row) or ids[-1] != end):
+            logits = self(ids, prompt=len(row), **policy)[0][-1]
+            ids.append(int((logits if adjust is None else adjust(ids, logits)).argmax()))
+        return ids[len(row) :]
+
+
+@pytest.fixture(scope="session")
+def oracle(make_collection: Callable[[str], Path]) -> Callable[[str], Oracle]:
+    """A function from the name of a shape to its oracle."""
+    made: dict[str, Oracle] = {}
+
+    def get(shape: str) -> Oracle:
+        if shape not in made:
+            made[shape] = Oracle(make_collection(shape))
+        return made[shape]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracle_of() -> type[Oracle]:
+    """The class, for a collection that a test made itself."""
+    return Oracle
+
+
+@pytest.fixture(scope="session")
+def refuses() -> "Callable[..., contextlib.AbstractContextManager[None]]":
+    """`with refuses(UsageError, "math", "code"):` an error of exactly this class, of one line that holds these words."""
+
+    @contextlib.contextmanager
+    def check(kind: type[Exception], *words: object) -> Iterator[None]:
+        with pytest.raises(kind) as caught:
+            yield
+        message = str(caught.value)
+        assert type(caught.value) is kind, f"{type(caught.value).__name__}: {message}"
+        assert "\n" not in message
+        assert [str(word) for word in words if str(word) not in message] == [], message
+
+    return check

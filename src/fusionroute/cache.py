@@ -41,9 +41,10 @@ class FusionCache(Cache):
         """
         seen = self.get_seq_length()
         for name in names:
-            if self.members[name].get_seq_length() != seen:
+            length = self.members[name].get_seq_length()
+            if length != seen:
                 raise UsageError(
-                    f"this cache holds {seen} tokens but {name} has seen {self.members[name].get_seq_length()} of them: "
+                    f"this cache holds {seen} tokens but {name} has seen {length} of them: "
                     "it was filled with another `expert` or `alpha`; start a new one"
                 )
         return {name: self.members[name] for name in names}

@@ -6,6 +6,7 @@ Source: Xiong et al., arXiv 2601.05106, Eq. 1 with the weight α of the compleme
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def shares(trace: Sequence[TokenTrace], names: Sequence[str]) -> dict[str, float
 
 def switch_rate(trace: Sequence[TokenTrace]) -> float:
     """Changes of expert ÷ (tokens − 1)."""
-    changes = sum(a.expert != b.expert for a, b in zip(trace, trace[1:], strict=False))
+    changes = sum(a.expert != b.expert for a, b in pairwise(trace))
     return changes / max(len(trace) - 1, 1)
 
 

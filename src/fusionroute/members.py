@@ -77,7 +77,7 @@ class Member(nn.Module):
         return self.model(**inputs)
 
     def forward_with_hidden(self, **inputs: Any) -> tuple[Any, Tensor]:
-        """`forward`, and what its LM head read: the hidden states `[B, K, d]` of the K positions it gives logits for."""
+        """`forward`, and what its LM head read: hidden states `[B, K, d]` at the K positions it gives logits for."""
         read: list[Tensor] = []
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _module, args: read.append(args[0]))

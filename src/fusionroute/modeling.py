@@ -204,7 +204,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, plus `routes [B, N]` for the N new tokens where it returns a dict and keeps a cache.
+        """transformers' `generate`, plus `routes [B, N]` of the N new tokens if it returns a dict and keeps a cache.
 
         `alpha`, `expert` and `routing` are those of `forward`.
         """
@@ -245,7 +245,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------- load and save
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None = None,
         *,
@@ -273,7 +273,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         folder = collection.locate(pretrained_model_name_or_path, revision=revision)
         config = config or collection.read_config(folder)
         collection.check_vocabulary_of(config, folder, base)
-        options = LoadOptions(_dtype(dtype), device, attn_implementation, base, trust_remote_code)
+        options = LoadOptions(parse_dtype(dtype), device, attn_implementation, base, trust_remote_code)
         members = load_members(config.member_specs, folder, options)
         router = members[0]
         head = RouteHead.load(
@@ -286,7 +286,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = collection.read_generation_config(folder)
         return model
 
-    def save_pretrained(self, save_directory: str | Path, *, embed: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, *, embed: bool = False, **kwargs: Any) -> None:
         """Write the collection; see `fusionroute.collection.save` for what is embedded and what referenced."""
         push = kwargs.pop("push_to_hub", False)
         collection.save(self, Path(save_directory), embed=embed)
@@ -294,7 +294,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             repo = kwargs.pop("repo_id", Path(save_directory).name)
             collection.upload(Path(save_directory), repo, self.config, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
         """Upload the collection and return its address.
 
         Raises:
@@ -310,10 +310,11 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
 
 
-def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    if name is None or name == "auto" or isinstance(name, torch.dtype):
-        return None if name == "auto" else name
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from its name; None and `auto` give None, which takes what the files hold."""
+    if name is None or name == "auto":
+        return None
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"unknown dtype {name!r}: float32, bfloat16 or float16")
     return dtype

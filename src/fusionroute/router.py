@@ -61,7 +61,8 @@ class RouteHead(nn.Linear):
         order = json.loads(metadata.get("experts", "[]"))
         if order != list(experts):
             raise FusionRouteError(
-                f"{path} was trained with experts {', '.join(order)} in this order; config.json lists {', '.join(experts)}: "
+                f"{path} was trained with experts {', '.join(order)} in this order, config.json lists "
+                f"{', '.join(experts)}: "
                 "put them back in the head's order or train the router again"
             )
         if weight.shape != (len(order), hidden_size):

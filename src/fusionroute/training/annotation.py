@@ -53,7 +53,7 @@ def batches(sequences: Sequence[Tokens], indices: Sequence[int], budget: int = B
 
 
 def pad_batch(sequences: Sequence[Tokens], device: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Right-padded inputs `[R, T]`, and of the N completion tokens the flat positions that predict them and the labels."""
+    """Right-padded inputs `[R, T]`; of the N completion tokens, the flat positions that predict them and the labels."""
     width = max(len(s.ids) for s in sequences)
     ids = torch.zeros((len(sequences), width), dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -113,7 +113,9 @@ def digest_sequences(sequences: Sequence[Tokens]) -> str:
     """What an annotation is keyed by: the ids and where completions start, so tokenizer, template and rows at once."""
     digest = hashlib.sha256()
     for sequence in sequences:
-        digest.update(torch.tensor([len(sequence.ids), sequence.start, *sequence.ids], dtype=torch.int32).numpy())
+        digest.update(
+            torch.tensor([len(sequence.ids), sequence.start, *sequence.ids], dtype=torch.int32).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -166,8 +168,8 @@ class LengthGroups(Sampler[int]):
 class Collator:
     """Items to one mixed batch of tensors.
 
-    The batch has R sequences (SFT items first, then pairs as chosen, rejected, chosen, …), right-padded to T, and N flat
-    completion positions:
+    The batch has R sequences (SFT items first, then pairs as chosen, rejected, chosen, …), right-padded to T, and N
+    flat completion positions:
 
         input_ids, attention_mask `[R, T]`
         positions `[N]`   index into the flat `[R·T]` hidden states of what predicts the label

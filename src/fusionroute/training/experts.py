@@ -1,62 +1,15 @@
 """LoRA experts: a thin step around trl's SFTTrainer. Rows in, an adapter folder out; knows nothing of routing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from fusionroute import sources
 from fusionroute.errors import FusionRouteError
-from fusionroute.files import staged_folder, write_json
 from fusionroute.members import LoadOptions, load_model
+from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
 from fusionroute.training.running import Progress, StopOnNan, last_checkpoint, make_arguments, quiet
-
-PROVENANCE = "provenance.json"
-
-
-class LoraSettings(BaseModel):
-    """A LoRA adapter's shape (arXiv 2106.09685)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(8, gt=0, description="rank")
-    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-
-
-def lora_config(settings: LoraSettings) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def save_adapter(model: Any, folder: Path, dtype: torch.dtype, provenance: dict[str, Any]) -> None:
-    """Write the adapter of the PeftModel `model` in `dtype`, with where it came from beside it.
-
-    The provenance holds the digest of the base: PEFT's own file can only name a path.
-    """
-    from safetensors.torch import load_file, save_file
-
-    with staged_folder(folder, replace=True) as scratch:
-        model.save_pretrained(scratch, save_embedding_layers=False)
-        weights = scratch / "adapter_model.safetensors"
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights, {"format": "pt"})
-        config_file = scratch / "adapter_config.json"
-        config = json.loads(config_file.read_text())
-        config["base_model_name_or_path"] = provenance.get("base")
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
-        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
-        write_json(scratch / PROVENANCE, provenance)
 
 
 def train_expert(

@@ -16,10 +16,10 @@ CHUNK = 128
 
 
 class Head:
-    """The LM head of a causal LM: hidden states `[N, d]` to logits `[N, V]` exactly as the model's `forward` gives them.
+    """The LM head of a causal LM: hidden states `[N, d]` to the logits `[N, V]` that the model's `forward` gives.
 
-    Soft-capping (Gemma-2) and scaling (Granite, Cohere) are in the model's `forward`, not in its output embeddings; they
-    are applied here from the configuration, and `check` compares the result with the model itself.
+    Soft-capping (Gemma-2) and scaling (Granite, Cohere) are in the model's `forward`, not in its output embeddings;
+    they are applied here from the configuration, and `check` compares the result with the model itself.
     """
 
     def __init__(self, model: Any, vocab_size: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Head:
         ours = self(hidden_states(model, input_ids=ids)).float()
         if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
             raise FusionRouteError(
-                f"{type(model).__name__} changes its logits after the LM head in a way unknown here (largest difference "
+                f"{type(model).__name__} changes its logits after the LM head in a way unknown here (difference "
                 f"{(own - ours).abs().max():.3g}): please report the architecture"
             )
 
@@ -122,6 +122,6 @@ class _FrozenHead(torch.autograd.Function):
         return scores.logprobs.detach(), scores.greedy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _greedy: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _greedy: Any) -> tuple[Tensor, None, None]:
         (jacobian,) = ctx.saved_tensors
         return (grad.unsqueeze(-1) * jacobian).to(jacobian.dtype), None, None

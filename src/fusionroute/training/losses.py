@@ -5,11 +5,12 @@ annotations: each expert's log-probability of the next token, and the token it w
 Source: Xiong et al., arXiv 2601.05106, §3; where the paper is silent, the choice is marked "ours".
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import logsigmoid
 
 RouteLoss = Literal["geometric", "arithmetic"]
 Bias = Literal["sum", "mean", "none"]
@@ -40,7 +41,8 @@ def routed_logprobs(label_logprobs: Tensor, routes: Tensor) -> Tensor:
     return label_logprobs.gather(-1, routes.unsqueeze(-1)).squeeze(-1)
 
 
-class Segments(NamedTuple):
+@dataclass(frozen=True)
+class Segments:
     """Which sequence each of N flat positions belongs to (`index [N]`), and how many there are."""
 
     index: Tensor
@@ -89,4 +91,4 @@ def cdpo_loss(policy: Tensor, reference: Tensor, bias: Tensor, beta: float = 0.1
     margin = ratio[0::2] - ratio[1::2]
     logit = beta * (margin + bias.detach())
     probability = torch.sigmoid(logit.detach())
-    return Cdpo(-F.logsigmoid(logit), margin, probability * (1 - probability))
+    return Cdpo(-logsigmoid(logit), margin, probability * (1 - probability))

@@ -1,4 +1,4 @@
-"""What every training run shares: whole checkpoints only, a progress line with tokens/s, and a stop at the first NaN."""
+"""What every training run shares: whole checkpoints only, progress with tokens/s, a stop at the first NaN."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ class StopOnNan(TrainerCallback):
             if isinstance(value, (int, float)) and not math.isfinite(value):
                 raise FusionRouteError(
                     f"training stopped at step {state.global_step}: {key} is {value}; lower the learning rate "
-                    f"(it was {(logs or {}).get('learning_rate', args.learning_rate):.3g}) or look at the data near there"
+                    f"(it is {args.learning_rate:.3g}) or look at the data near there"
                 )
 
 
@@ -141,7 +141,10 @@ def quiet() -> Any:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Deprecations between transformers, peft and trl are theirs to settle.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

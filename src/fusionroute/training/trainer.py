@@ -31,8 +31,8 @@ class RouterArguments(TrainingArguments):
     Args:
         route_weight (`float`): λ, the weight of L_route inside L_SFT.
         route_loss (`str`): `geometric` (the paper's) or `arithmetic`; see `losses.route_loss`.
-        route_head_learning_rate (`float`, *optional*): of the route head; None takes `learning_rate`. The head starts at
-            zero beside a trained LM, so it bears, and needs, a far higher one.
+        route_head_learning_rate (`float`, *optional*): of the route head; None takes `learning_rate`. The head
+            starts at zero beside a trained LM, so it bears, and needs, a far higher one.
         sft_weight (`float`): μ, the weight of L_SFT in batches of phase 2; 1 in phase 1.
         beta (`float`): β of Eq. 3.
         bias (`str`): `sum` (the paper's), `mean` or `none`; see `losses.expert_bias`.
@@ -90,7 +90,8 @@ class RouterForTraining(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The transformers model, adapter layers and all."""
-        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+        lm: Any = self.lm
+        return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
     @property
     def config(self) -> Any:
@@ -134,7 +135,8 @@ class RouterForTraining(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write what trains, in its own dtype: the adapter or the LM, and the head."""
-        self.lm.save_pretrained(folder / "lm", **({"save_embedding_layers": False} if self.is_adapter else {}))
+        lm: Any = self.lm
+        lm.save_pretrained(folder / "lm", **({"save_embedding_layers": False} if self.is_adapter else {}))
         self.route_head.save(folder)
 
     def load(self, folder: Path) -> None:
@@ -147,7 +149,7 @@ class RouterForTraining(nn.Module):
             result: Any = set_peft_model_state_dict(self.lm, load_file(folder / "lm" / "adapter_model.safetensors"))
             unexpected = list(result.unexpected_keys)
         else:
-            state = {}
+            state: dict[str, Tensor] = {}
             for path in sorted((folder / "lm").glob("*.safetensors")):
                 state |= load_file(path)
             unexpected = list(self.lm.load_state_dict(state, strict=False).unexpected_keys)

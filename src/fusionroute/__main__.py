@@ -1,0 +1,5 @@
+"""`python -m fusionroute`."""
+
+from fusionroute.cli import main
+
+main()

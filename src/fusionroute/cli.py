@@ -1,0 +1,220 @@
+"""The command line: verb -> function, nothing else. Imports nothing heavy until a verb runs."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusionroute.errors import FusionRouteError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Several frozen, specialised language models answer as one, token by token.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train the router of a collection (phase 1: sft, phase 2: cdpo).")
+app.add_typer(train, name="train")
+
+Collection = Annotated[
+    str | None,
+    typer.Option("--collection", "-c", help="Folder, Hub id or packaged name; the default collection if none."),
+]
+Base = Annotated[str | None, typer.Option(help="Use these base weights under the adapters.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder that the recipe's data paths start from.")]
+RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe whose rows and settings are used.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    collection: Collection = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Always this expert.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    dtype: Dtype = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt, coloured by the expert that wrote each token."""
+    from fusionroute import chat
+
+    session = chat.Session(collection, dtype=dtype, base=base, quiet=as_json)
+    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens}
+    settings |= {"temperature": temperature, "seed": seed}
+    answer = session.answer([{"role": "user", "content": prompt}], settings, show=not as_json)
+    if as_json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+
+
+@app.command(name="chat")
+def chat_(
+    collection: Collection = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Always this expert.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Talk to a collection; an empty line or Ctrl-D ends."""
+    from fusionroute import chat
+
+    session = chat.Session(collection, dtype=dtype, base=base)
+    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens}
+    session.talk(settings | {"temperature": temperature, "seed": seed})
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    router: Annotated[str, typer.Option(help="Model the router starts from: path, Hub id or GGUF.")],
+    expert: Annotated[
+        list[str], typer.Option(help="NAME=SOURCE, or NAME=SOURCE+ADAPTER for a LoRA; in route order, repeatable.")
+    ],
+    embed: Annotated[bool, typer.Option(help="Copy whole models into the collection.")] = False,
+    alpha: Annotated[float, typer.Option(help="Weight of the router's logits.")] = 1.0,
+) -> None:
+    """Make a collection from experts and a router base; its route head is untrained."""
+    from fusionroute import collection as collections
+    from fusionroute.configuration import ROUTER, MemberSpec
+
+    experts = []
+    for entry in expert:
+        name, equals, source = entry.partition("=")
+        if not equals or not source:
+            raise UsageError(f"--expert {entry!r} must be NAME=SOURCE or NAME=SOURCE+ADAPTER")
+        # A wheel source has a + in neither package name nor version here; an adapter follows the last one.
+        source, plus, adapter = source.rpartition("+") if "+" in source else (source, "", "")
+        experts.append(MemberSpec(name, source, adapter=adapter if plus else None))
+    names = [ROUTER, *(spec.name for spec in experts)] if embed else []
+    config = collections.assemble(out, MemberSpec(ROUTER, router), experts, embed=names, alpha=alpha)
+    print(f"{out}: {len(experts)} experts ({', '.join(config.expert_names)}), {config.vocab_size} shared ids")
+    print(
+        f"The route head is untrained: every token goes to {config.expert_names[0]}. Next: fusionroute train sft {out}"
+    )
+
+
+@app.command()
+def inspect(
+    collection: Annotated[str | None, typer.Argument(help="Folder, Hub id or packaged name.")] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Print members, sizes, digests, licences, templates, the vocabulary check and the memory needed."""
+    from fusionroute import inspection
+    from fusionroute.collection import locate
+
+    report = inspection.inspect_collection(locate(collection), base)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        Console().print(inspection.render(report))
+    if inspection.has_errors(report):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if not given.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Every stage on random models, in a minute.")] = False,
+) -> None:
+    """Run a recipe: base, experts, annotation, SFT, CDPO, collection, held-out figures. Resumes; skips what is done."""
+    from fusionroute.recipe import execute
+
+    print(execute(recipe, out, data, shrink=tiny))
+
+
+@app.command()
+def annotate(
+    collection: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    recipe: RecipeFile,
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Folder of the annotations.")] = Path("annotations"),
+    phase: Annotated[str, typer.Option(help="Whose rows: sft or cdpo.")] = "sft",
+    member: Annotated[list[str] | None, typer.Option(help="Only these members; all experts if none.")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Write each expert's label log-probabilities and greedy ids beside the recipe's rows; resumes."""
+    from fusionroute import workflows
+
+    for folder in workflows.annotate(collection, recipe, data, out, phase, member, dtype, base):
+        print(folder)
+
+
+@train.command()
+def sft(
+    collection: Annotated[str, typer.Argument(help="A collection; its router is trained.")],
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="Folder of the new collection.")],
+    data: Data = None,
+    annotations: Annotated[Path, typer.Option(help="Folder of the annotations.")] = Path("annotations"),
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Phase 1 (Eq. 2): language modelling and routing on the recipe's sft rows."""
+    from fusionroute import workflows
+
+    print(workflows.train("sft", collection, recipe, data, annotations, out, dtype, base))
+
+
+@train.command()
+def cdpo(
+    collection: Annotated[str, typer.Argument(help="A collection after phase 1.")],
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="Folder of the new collection.")],
+    data: Data = None,
+    annotations: Annotated[Path, typer.Option(help="Folder of the annotations.")] = Path("annotations"),
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Phase 2 (Eq. 3, Algorithm 1): preference pairs and sft rows of the recipe, mixed."""
+    from fusionroute import workflows
+
+    print(workflows.train("cdpo", collection, recipe, data, annotations, out, dtype, base))
+
+
+@app.command()
+def routing(
+    recipe: RecipeFile,
+    collection: Collection = None,
+    data: Data = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Measure routing and fusion on the recipe's held-out rows, teacher-forced."""
+    from fusionroute import workflows
+
+    result, text = workflows.measure(collection, recipe, data, base)
+    print(json.dumps(result) if as_json else text)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: our own errors become one line and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = _warn
+    try:
+        app()
+    except FusionRouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None

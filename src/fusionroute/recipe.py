@@ -1,0 +1,429 @@
+"""A recipe: one YAML file from a base to a finished collection, in stages that resume and are skipped when done.
+
+base → experts → annotation → SFT → reference annotation → CDPO → collection → held-out figures. A stage's folder
+carries `stage.json` with the hash of all it depends on; the same hash means it is done. `--tiny` runs every stage on
+random models and built-in rows in about a minute.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from fusionroute import sources
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.files import read_json, write_json
+from fusionroute.training.lora import LoraSettings
+from fusionroute.training.rows import DataSpec, load_counted
+
+
+class _Section(pydantic.BaseModel, extra="forbid"):
+    pass
+
+
+class ExpertSection(_Section):
+    """One expert: with `data` a LoRA trained on the base, without it a model used as it is."""
+
+    name: str
+    description: str = ""
+    source: str | None = None  # None: the recipe's base
+    revision: str | None = None
+    adapter: str | None = None
+    data: list[DataSpec] = []
+    lora: LoraSettings = LoraSettings()
+    training: dict[str, Any] = {}
+
+
+class RouterSection(_Section):
+    """The router: where it starts from, and whether an adapter or every weight trains."""
+
+    source: str | None = None  # None: the recipe's base
+    revision: str | None = None
+    lora: LoraSettings | None = LoraSettings(r=16, alpha=32)
+
+
+class PhaseSection(_Section):
+    """One phase of router training: its rows, and fields of `RouterArguments`."""
+
+    data: list[DataSpec]
+    training: dict[str, Any] = {}
+
+
+class Recipe(_Section):
+    """A whole recipe; every key is commented in `recipes/smollm2.yaml`."""
+
+    name: str = Field(pattern=r"[a-z][a-z0-9._-]*")
+    base: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_length: int | None = 512
+    alpha: float = 1.0
+    experts: list[ExpertSection] = Field(min_length=1)
+    router: RouterSection = RouterSection()
+    sft: PhaseSection
+    cdpo: PhaseSection | None = None
+    heldout: list[DataSpec] = []
+    benchmarks: list[str] | None = None  # files to keep out of training; None: those known under --data
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UsageError: missing, not YAML, or an unknown or impossible key; one line that names it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: name a recipe file, such as recipes/smollm2.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        raise UsageError(f"{path}: {'; '.join(problems)}") from None
+
+
+class Run:
+    """One execution of a recipe in a folder.
+
+    Args:
+        recipe: the recipe.
+        out: run folder; stages, annotations and the collection live in it.
+        data: folder that relative data paths start from.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, data: Path | None) -> None:
+        self.recipe, self.out, self.data = recipe, out, data
+        self._rows: dict[str, list[dict]] = {}
+
+    # ---- stages
+
+    def stage(self, name: str, inputs: Any, work: Callable[[Path], Any]) -> Path:
+        """Run `work(folder)` unless `folder` already holds its result for the same `inputs`; returns the folder."""
+        folder = self.out / name
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+        marker = folder / "stage.json"
+        if marker.is_file() and read_json(marker)["inputs"] == key:
+            say(f"{name}: done before, skipped")
+            return folder
+        run = self.out / "checkpoints" / f"{name.replace('/', '-')}-{key[:12]}"
+        say(f"{name}: started")
+        marker.unlink(missing_ok=True)
+        started = time.monotonic()
+        result = work(run)
+        seconds = time.monotonic() - started
+        write_json(marker, {"inputs": key, "seconds": round(seconds, 1), "result": result})
+        shutil.rmtree(run, ignore_errors=True)
+        say(f"{name}: done in {seconds / 60:.1f} min")
+        return folder
+
+    def rows(self, specs: list[DataSpec], what: str) -> list[dict]:
+        """The rows of `specs`, without those that share 13 words in a row with a benchmark's test item."""
+        from fusionroute.training.overlap import drop_overlapping
+
+        key = json.dumps([spec.model_dump() for spec in specs])
+        if key not in self._rows:
+            rows, ill_formed = [], 0
+            for spec in specs:
+                got, dropped = load_counted(spec, self.data)
+                rows += got
+                ill_formed += dropped
+            kept, overlapping = drop_overlapping(rows, self.index)
+            self._rows[key] = kept
+            say(
+                f"{what}: {len(kept)} rows; left out: {ill_formed} ill-formed, {len(overlapping)} that share 13 "
+                "words in a row with a benchmark's test item"
+            )
+        return self._rows[key]
+
+    @property
+    def index(self) -> Any:
+        """The benchmarks' test items."""
+        from fusionroute.training.overlap import BenchmarkIndex, benchmark_files
+
+        if not hasattr(self, "_index"):
+            if self.recipe.benchmarks is not None:
+                files = [(self.data or Path()) / name for name in self.recipe.benchmarks]
+            else:
+                files = benchmark_files(self.data) if self.data is not None else []
+            if not files:
+                say("no benchmark test files under --data: the check for shared text has nothing to compare with")
+            self._index = BenchmarkIndex.from_files(files)
+        return self._index
+
+    # ---- the recipe
+
+    def run(self) -> Path:
+        """Every stage in order; returns the folder of the collection."""
+        recipe = self.recipe
+        say(f"base: {recipe.base}")
+        base = sources.resolve(recipe.base, revision=recipe.revision)
+        digest = sources.weights_digest(base)
+        experts = [self._expert(section, digest) for section in recipe.experts]
+        untrained = self._assemble("collection-untrained", experts, None, {})
+        sft = self._phase("sft", untrained, recipe.sft)
+        after_sft = self._assemble("collection-sft", experts, sft, {"sft": recipe.sft.training})
+        final = sft
+        training: dict[str, Any] = {"sft": recipe.sft.training}
+        if recipe.cdpo is not None:
+            final = self._phase("cdpo", after_sft, recipe.cdpo)
+            training["cdpo"] = recipe.cdpo.training
+        training["data"] = [spec.model_dump(exclude_defaults=True) for spec in self._training_data()]
+        collection = self._assemble("collection", experts, final, training)
+        if recipe.heldout:
+            self._heldout(collection)
+        return collection
+
+    def _training_data(self) -> list[DataSpec]:
+        recipe = self.recipe
+        specs = [spec for expert in recipe.experts for spec in expert.data] + recipe.sft.data
+        return specs + (recipe.cdpo.data if recipe.cdpo is not None else [])
+
+    def _options(self) -> Any:
+        import torch
+
+        from fusionroute.members import LoadOptions
+
+        return LoadOptions(dtype=getattr(torch, self.recipe.dtype))
+
+    def _expert(self, section: ExpertSection, base_digest: str) -> Any:
+        from fusionroute.configuration import MemberSpec
+
+        recipe = self.recipe
+        source = section.source or recipe.base
+        revision = section.revision if section.source else recipe.revision
+        adapter = section.adapter
+        if section.data:
+            if section.source or section.adapter:
+                raise UsageError(
+                    f"expert {section.name}: an expert with data is trained on the base; drop source/adapter"
+                )
+            rows = self.rows(section.data, f"expert {section.name}")
+            folder = self.out / "experts" / section.name
+            inputs = [base_digest, digest_rows(rows), section.model_dump(), recipe.dtype, recipe.max_length]
+            self.stage(f"experts/{section.name}", inputs, lambda run: self._train_expert(section, rows, folder, run))
+            adapter = str(folder / "adapter")
+        return MemberSpec(section.name, source, revision, adapter, description=section.description)
+
+    def _train_expert(self, section: ExpertSection, rows: list[dict], folder: Path, run: Path) -> None:
+        import torch
+
+        from fusionroute.training.experts import train_expert
+
+        arguments = {"max_length": self.recipe.max_length, **section.training}
+        train_expert(
+            self.recipe.base,
+            rows,
+            folder / "adapter",
+            name=section.name,
+            lora=section.lora,
+            arguments=arguments,
+            run=run,
+            dtype=getattr(torch, self.recipe.dtype),
+        )
+
+    def _assemble(self, name: str, experts: list[Any], phase: Path | None, training: dict[str, Any]) -> Path:
+        from fusionroute.collection import assemble
+        from fusionroute.configuration import ROUTER, MemberSpec
+        from fusionroute.training.phases import router_spec
+
+        section = self.recipe.router
+        source = section.source or self.recipe.base
+        start = MemberSpec(ROUTER, source, section.revision if section.source else self.recipe.revision)
+        router = start if phase is None else router_spec(start, phase / "router")
+        head = None if phase is None else phase / "router"
+        inputs = [
+            [[e.name, e.source, e.revision, _adapter_digest(e.adapter), e.description] for e in experts],
+            [router.source, _adapter_digest(router.adapter), None if head is None else _head_digest(head)],
+            training,
+            self.recipe.alpha,
+        ]
+
+        def work(_run: Path) -> None:
+            folder = self.out / name
+            shutil.rmtree(folder, ignore_errors=True)
+            whole = [router.name] if router.adapter is None and phase is not None else []
+            assemble(
+                folder, router, experts, head=head, embed=whole, alpha=self.recipe.alpha, training=training or None
+            )
+
+        return self.stage(name, inputs, work)
+
+    def items(self, specs: list[DataSpec], what: str, collection: Path) -> Any:
+        from fusionroute.collection import load_tokenizer, read_config
+        from fusionroute.training.data import tokenize_rows
+
+        config = read_config(collection)
+        items, dropped = tokenize_rows(
+            load_tokenizer(collection),
+            self.rows(specs, what),
+            context=config.max_position_embeddings,
+            max_length=self.recipe.max_length,
+        )
+        say(f"{what}: {len(items)} items, {dropped} longer than {self.recipe.max_length} tokens left out")
+        return config, items
+
+    def _phase(self, name: Literal["sft", "cdpo"], collection: Path, section: PhaseSection) -> Path:
+        from fusionroute.training import phases
+        from fusionroute.training.annotation import sequences_of
+        from fusionroute.training.data import digest_sequences
+
+        config, items = self.items(section.data, f"router {name}", collection)
+        if name == "sft" and any(item.is_pair for item in items):
+            raise UsageError("sft.data holds preference pairs; they belong to cdpo.data")
+        lora = self.recipe.router.lora
+        inputs = [
+            [[s.digest, s.adapter_digest] for s in config.member_specs],
+            _head_digest(collection / "router"),
+            digest_sequences(sequences_of(items)),
+            section.training,
+            None if lora is None else lora.model_dump(),
+            self.recipe.dtype,
+        ]
+        common = {"arguments": section.training, "options": self._options()}
+        out, annotations = self.out / name / "router", self.out / "annotations"
+        if name == "sft":
+            return self.stage(
+                name,
+                inputs,
+                lambda run: phases.sft(config, collection, items, annotations, out, lora=lora, run=run, **common),
+            )
+        return self.stage(
+            name, inputs, lambda run: phases.cdpo(config, collection, items, annotations, out, run=run, **common)
+        )
+
+    def _heldout(self, collection: Path) -> None:
+        from fusionroute.files import staged_file
+
+        def work(_run: Path) -> dict[str, Any]:
+            result, text = measure_heldout(self, collection)
+            with staged_file(self.out / "heldout" / "routing.md") as scratch:
+                scratch.write_text(text, encoding="utf-8")
+            say(text)
+            return result
+
+        inputs = [
+            _tree_digest(collection),
+            digest_rows(self.rows(self.recipe.heldout, "held out")),
+            self.recipe.max_length,
+        ]
+        self.stage("heldout", inputs, work)
+
+
+def measure_heldout(run: Run, collection: Path, base: str | None = None) -> tuple[dict[str, Any], str]:
+    """Routing figures of `collection` on the recipe's held-out rows: the JSON and its Markdown."""
+    from fusionroute.modeling import FusionRouteForCausalLM
+    from fusionroute.training import heldout
+    from fusionroute.training.running import quiet
+
+    _, items = run.items(run.recipe.heldout, "held out", collection)
+    with quiet():
+        model = FusionRouteForCausalLM.from_pretrained(collection, dtype=run.recipe.dtype, base=base)
+    result = heldout.measure(model, items)
+    return result, heldout.render(result)
+
+
+def digest_rows(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _adapter_digest(adapter: str | None) -> str | None:
+    return None if adapter is None else sources.weights_digest(sources.resolve(adapter, what="adapter"))
+
+
+def _head_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "route_head.safetensors").read_bytes()).hexdigest()
+
+
+def _tree_digest(collection: Path) -> str:
+    """What a collection computes: its members' digests, head and α."""
+    config = read_json(collection / "config.json")
+    members = [[m["digest"], m["adapter_digest"]] for m in [config["router"], *config["experts"]]]
+    return json.dumps([members, config["alpha"], _head_digest(collection / "router")])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tiny(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
+    """The recipe shrunk to random models and a few built-in rows under `folder`: every stage, in about a minute."""
+    import random
+
+    from fusionroute import tiny as models
+
+    base = folder / "tiny-base"
+    if not (base / "config.json").is_file():
+        tokenizer = models.make_tokenizer(base)
+        models.make_model(base, vocab_size=len(tokenizer), scale=0.1)
+    data = folder / "tiny-data"
+    data.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(0)
+    chat, pairs = [], []
+    for index in range(48):
+        a, b = generator.randint(1, 99), generator.randint(1, 99)
+        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
+        right, wrong = ([{"role": "assistant", "content": f"It is {v}."}] for v in (a + b, a - b))
+        chat.append({"messages": asked + right, "index": index})
+        pairs.append({"prompt": asked, "chosen": right, "rejected": wrong})
+    for name, rows in (("chat", chat), ("pairs", pairs)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def shrink(specs: list[DataSpec]) -> list[DataSpec]:
+        small = []
+        for number, spec in enumerate(specs):
+            paired = spec.format in ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
+            file, kind = ("pairs.jsonl", "preference") if paired else ("chat.jsonl", "messages")
+            start = 6 * (number % 6)
+            small.append(
+                DataSpec(format=kind, path=file, domain=spec.domain, start=start, stop=start + 12)  # type: ignore[arg-type]
+            )
+        return small
+
+    steps = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    small = recipe.model_copy(deep=True)
+    small.base, small.revision, small.dtype, small.max_length = str(base), None, "float32", 128
+    small.benchmarks = []
+    for expert in small.experts:
+        expert.source = expert.revision = expert.adapter = None
+        expert.data, expert.training = shrink(expert.data), {**expert.training, **steps, "bf16": False}
+    small.router.source = small.router.revision = None
+    for phase in (small.sft, small.cdpo):
+        if phase is not None:
+            phase.data, phase.training = shrink(phase.data), {**phase.training, **steps, "bf16": False}
+    small.heldout = shrink(small.heldout)
+    return small, data
+
+
+def execute(path: Path, out: Path | None, data: Path | None, *, shrink: bool = False) -> Path:
+    """Run the recipe at `path`; returns the collection's folder.
+
+    Raises:
+        FusionRouteError: whatever a stage finds wrong; what is done stays done.
+    """
+    recipe = load_recipe(path)
+    out = out or Path("runs") / (f"{recipe.name}-tiny" if shrink else recipe.name)
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data} is no folder")
+    if shrink:
+        recipe, data = tiny(recipe, out)
+    try:
+        return Run(recipe, out.resolve(), data).run()
+    except KeyboardInterrupt:
+        raise FusionRouteError(f"interrupted; run the same command again to go on in {out}") from None

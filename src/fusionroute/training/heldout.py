@@ -1,0 +1,178 @@
+"""How well a collection routes on rows kept out of training: teacher-forced, on S, by domain, with intervals.
+
+S are the positions where some two experts' greedy tokens differ (Eq. 2). Nothing is generated; the figures say which
+expert each token goes to, what that costs in log-probability, and how often each system's first choice is the label.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusionroute import fusion
+from fusionroute.training.annotation import Meter, annotate_batch, batches, pad_batch
+from fusionroute.training.data import Item, Tokens
+from fusionroute.training.logprobs import CHUNK, Head, hidden_states
+from fusionroute.training.losses import informative, routed_logprobs
+
+if TYPE_CHECKING:
+    from fusionroute.modeling import FusionRouteForCausalLM
+
+
+@torch.no_grad()
+def measure(
+    model: "FusionRouteForCausalLM", items: Sequence[Item], *, draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Routing figures of `model` on the SFT `items`, by domain and over all.
+
+    Returns:
+        `{"domains": {DOMAIN: {"rows", "tokens", "informative", "nll": {SYSTEM: [value, low, high]}, "top1": {…},
+        "shares": {EXPERT: fraction}, "gap_closed": […], "over_best_expert": …}, "all": {…}}}`; nll in nats per token of
+        S, 95 % bootstrap intervals over rows.
+    """
+    names = model.config.expert_names
+    sequences = [item.sequences[0] for item in items]
+    heads = [Head(member.model, model.config.vocab_size) for member in model.members]
+    meter = Meter("measuring on held-out rows", sum(len(s.ids) for s in sequences))
+    rows: dict[int, dict[str, Tensor]] = {}
+    for batch in batches(sequences, range(len(sequences))):
+        rows |= dict(zip(batch, _measure_batch(model, heads, [sequences[i] for i in batch]), strict=True))
+        meter.advance(sum(len(sequences[i].ids) for i in batch))
+    meter.close()
+    table = {key: torch.stack([rows[i][key] for i in range(len(items))]) for key in rows[0]}
+    generator = torch.Generator().manual_seed(seed)
+    domains = sorted({item.domain for item in items})
+    result: dict[str, Any] = {"domains": {}, "alpha": model.config.alpha}
+    for domain in [*domains, "all"]:
+        mask = torch.tensor([domain in ("all", item.domain) for item in items])
+        result["domains"][domain] = _summary({k: v[mask] for k, v in table.items()}, names, draws, generator)
+    result["all"] = result["domains"].pop("all")
+    return result
+
+
+def _measure_batch(
+    model: "FusionRouteForCausalLM", heads: list[Head], sequences: list[Tokens]
+) -> list[dict[str, Tensor]]:
+    """Per sequence, sums over its S: counts, label log-probabilities and hits by system, tokens by expert."""
+    n = len(model.experts)
+    columns = [annotate_batch(m, h, sequences) for m, h in zip(model.experts, heads[1:], strict=True)]
+    expert_logprobs = torch.stack([torch.cat([c["logprobs"] for c in column]) for column in columns], dim=-1)
+    greedy = torch.stack([torch.cat([c["greedy"] for c in column]) for column in columns], dim=-1)
+    inputs, positions, labels = pad_batch(sequences, model.device)
+    where = informative(greedy)
+    chosen = torch.nonzero(where).squeeze(-1).to(model.device)
+    hidden = []
+    for member in model.members:
+        member.activate()
+        hidden.append(hidden_states(member.model, **inputs).flatten(0, 1)[positions[chosen]])
+    labels = labels[chosen]
+    scores = model.router.route_head(hidden[0])
+    routes = fusion.route(scores)
+    expert_logprobs, greedy = expert_logprobs[where], greedy[where].long()
+    on = labels.cpu()
+    values = {
+        "nll/routed": -routed_logprobs(expert_logprobs, routes.cpu()),
+        "nll/best per token": -expert_logprobs.amax(dim=-1),
+        "nll/soft": -(scores.softmax(-1).cpu() * expert_logprobs).sum(-1),
+        "top1/routed": (greedy.gather(-1, routes.cpu().unsqueeze(-1)).squeeze(-1) == on).float(),
+        "top1/best per token": (greedy == on.unsqueeze(-1)).any(dim=-1).float(),
+        "accuracy": (routes.cpu() == expert_logprobs.argmax(-1)).float(),
+    }
+    for index, member in enumerate(model.experts):
+        values[f"nll/expert {member.name}"] = -expert_logprobs[:, index]
+        values[f"top1/expert {member.name}"] = (greedy[:, index] == on).float()
+        values[f"share/{member.name}"] = (routes.cpu() == index).float()
+    fused: dict[str, list[Tensor]] = {}
+    for start in range(0, len(chosen), CHUNK):
+        piece = slice(start, start + CHUNK)
+        logits = [head(h[piece]).float() for head, h in zip(heads, hidden, strict=True)]
+        systems = {
+            "router": logits[0],
+            "fused": fusion.fuse(logits[0], fusion.select(logits[1:], routes[piece]), model.config.alpha),
+            "uniform": fusion.product(logits[1:]),
+        }
+        systems |= {f"fixed {m.name}": fusion.fuse(logits[0], logits[i + 1]) for i, m in enumerate(model.experts)}
+        for name, values_of in systems.items():
+            label = values_of.gather(-1, labels[piece].unsqueeze(-1)).squeeze(-1)
+            fused.setdefault(f"nll/{name}", []).append((values_of.logsumexp(-1) - label).cpu())
+            fused.setdefault(f"top1/{name}", []).append((values_of.argmax(-1) == labels[piece]).float().cpu())
+    if not len(chosen):
+        names = ["router", "fused", "uniform", *(f"fixed {m.name}" for m in model.experts)]
+        fused = {f"{kind}/{name}": [torch.zeros(0)] for kind in ("nll", "top1") for name in names}
+    values |= {name: torch.cat(parts) for name, parts in fused.items()}
+    lengths = torch.tensor([len(s.completion) for s in sequences])
+    owner = torch.repeat_interleave(torch.arange(len(sequences)), lengths)[where]
+    sums = {
+        name: torch.zeros(len(sequences), dtype=torch.float64).index_add(0, owner, v.double())
+        for name, v in values.items()
+    }
+    sums["informative"] = torch.bincount(owner, minlength=len(sequences)).double()
+    sums["tokens"] = lengths.double()
+    assert n == len(columns)
+    return [{name: total[row] for name, total in sums.items()} for row in range(len(sequences))]
+
+
+def _summary(table: dict[str, Tensor], names: list[str], draws: int, generator: torch.Generator) -> dict[str, Any]:
+    """Ratios of sums over rows with 95 % bootstrap intervals; `table` has one value per row and name."""
+    count = len(table["tokens"])
+    picks = torch.randint(count, (draws, count), generator=generator)
+    weights = torch.zeros(draws + 1, count, dtype=torch.float64)
+    weights[0] = 1  # the rows as they are
+    weights[1:].scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
+    totals = {name: weights @ values for name, values in table.items()}
+    size = totals["informative"].clamp(min=1)
+
+    def interval(values: Tensor) -> list[float]:
+        low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return [float(values[0]), low, high]
+
+    means = {name: total / size for name, total in totals.items() if "/" in name or name == "accuracy"}
+    experts = torch.stack([means[f"nll/expert {name}"] for name in names])
+    best = experts[:, 0].argmin()  # the best expert on the rows as they are, kept for every draw
+    gap = experts[best] - means["nll/best per token"]
+    result: dict[str, Any] = {
+        "rows": count,
+        "tokens": int(totals["tokens"][0]),
+        "informative": int(totals["informative"][0]),
+        "best_expert": names[int(best)],
+        "nll": {k.removeprefix("nll/"): interval(v) for k, v in means.items() if k.startswith("nll/")},
+        "top1": {k.removeprefix("top1/"): interval(v) for k, v in means.items() if k.startswith("top1/")},
+        "shares": {name: float(means[f"share/{name}"][0]) for name in names},
+        "routing_accuracy": interval(means["accuracy"]),
+        "gap_closed": interval((experts[best] - means["nll/routed"]) / gap.clamp(min=1e-9)),
+        "over_best_expert": interval(means["nll/routed"] / experts[best] - 1),
+    }
+    return result
+
+
+def render(result: dict[str, Any]) -> str:
+    """The figures as Markdown: one table for negative log-likelihood, one for first choices, one for shares."""
+    sections = {**result["domains"], "all": result["all"]}
+    lines = []
+    for title, key, digits in (("NLL on S (nats per token)", "nll", 3), ("Top-1 on S", "top1", 3)):
+        systems = list(result["all"][key])
+        lines += [f"**{title}**", "", "| system | " + " | ".join(sections) + " |", "|---" * (len(sections) + 1) + "|"]
+        for system in systems:
+            cells = []
+            for section in sections.values():
+                value, low, high = section[key][system]
+                cells.append(f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+            lines.append(f"| {system} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["**Routing on S**", "", "| | " + " | ".join(sections) + " |", "|---" * (len(sections) + 1) + "|"]
+    lines.append(
+        "| rows / tokens / S | "
+        + " | ".join(f"{s['rows']} / {s['tokens']} / {s['informative']}" for s in sections.values())
+        + " |"
+    )
+    for name in result["all"]["shares"]:
+        lines.append(f"| share of {name} | " + " | ".join(f"{s['shares'][name]:.3f}" for s in sections.values()) + " |")
+    for label, key in (
+        ("routing accuracy", "routing_accuracy"),
+        ("gap to the best expert per token closed", "gap_closed"),
+        ("routed NLL over the best expert's", "over_best_expert"),
+    ):
+        cells = [f"{s[key][0]:+.3f} [{s[key][1]:+.3f}, {s[key][2]:+.3f}]" for s in sections.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

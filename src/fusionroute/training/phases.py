@@ -1,0 +1,220 @@
+"""The two phases as functions: a collection and rows in, a trained router folder out.
+
+What `fusionroute annotate`, `train sft`, `train cdpo` and `fusionroute run` share. A router folder holds what
+`collection.assemble` takes: an adapter (or whole weights) and `route_head.safetensors`.
+"""
+
+import gc
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusionroute import sources
+from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
+from fusionroute.errors import FusionRouteError
+from fusionroute.files import staged_folder, write_json
+from fusionroute.members import LoadOptions, load_members, load_model
+from fusionroute.router import RouteHead, head_width
+from fusionroute.training.annotation import annotate, sequences_of, with_annotations
+from fusionroute.training.data import Item
+from fusionroute.training.lora import PROVENANCE, LoraSettings, lora_config, save_adapter
+from fusionroute.training.running import last_checkpoint, make_arguments, quiet
+from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
+
+
+def annotate_members(
+    config: FusionRouteConfig,
+    collection: Path,
+    names: Sequence[str],
+    items: Sequence[Item],
+    out: Path,
+    options: LoadOptions,
+) -> list[Path]:
+    """Annotate `items` with the members `names`, one in memory at a time; returns their folders in that order."""
+    sequences = sequences_of(items)
+    specs = {spec.name: spec for spec in config.member_specs}
+    folders = []
+    for name in names:
+        with quiet():
+            (member,) = load_members([specs[name]], collection, options)
+        folders.append(annotate(member, sequences, out, config.vocab_size))
+        del member
+        gc.collect()
+    return folders
+
+
+def load_trainable(
+    spec: MemberSpec,
+    config: FusionRouteConfig,
+    collection: Path,
+    *,
+    lora: LoraSettings | None,
+    options: LoadOptions,
+    seed: int,
+) -> RouterForTraining:
+    """The router of `collection`, ready to train.
+
+    Args:
+        spec: the router's.
+        lora: shape of a new adapter, if the router has none yet; None trains every weight. A router that has an adapter
+            goes on with it.
+        seed: of a new adapter.
+    """
+    from peft import PeftModel, get_peft_model
+
+    folder = sources.resolve(options.base or spec.source, revision=spec.revision, relative_to=collection)
+    with quiet():
+        lm: Any = load_model(folder, LoadOptions(options.dtype, options.device, options.attn_implementation))
+        if spec.adapter is not None:
+            adapter = sources.resolve(spec.adapter, relative_to=collection, what="adapter")
+            lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
+        elif lora is not None:
+            torch.manual_seed(seed)
+            lm = get_peft_model(lm, lora_config(lora))
+        else:
+            lm.requires_grad_(True)
+    model = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    device = next(model.parameters()).device
+    head = RouteHead.load(collection / ROUTER, config.expert_names, head_width(model), device)
+    return RouterForTraining(lm, head, config.vocab_size)
+
+
+def train_router(
+    model: RouterForTraining,
+    items: Sequence[Item],
+    out: Path,
+    *,
+    arguments: dict[str, Any],
+    run: Path,
+    title: str,
+    provenance: dict[str, Any],
+    dtype: torch.dtype,
+    eval_items: Sequence[Item] | None = None,
+) -> dict[str, Any]:
+    """Train on annotated items and write the router folder `out`; returns the last logged figures.
+
+    Args:
+        arguments: fields of `RouterArguments`.
+        run: folder for checkpoints; a killed run goes on from the newest whole one.
+        provenance: what to record beside the weights.
+        dtype: of the adapter as written; training keeps float32.
+
+    Raises:
+        FusionRouteError: a NaN, no items, an unknown argument, a full disk.
+    """
+    args = make_arguments(RouterArguments, run, arguments)
+    with quiet():
+        trainer = RouterTrainer(model, args, items, eval_items=eval_items, title=title)
+        checkpoint = last_checkpoint(run)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    export_router(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)
+    write_json(run / "log.json", trainer.state.log_history)
+    shutil.rmtree(run / "runs", ignore_errors=True)
+    return history[-1] if history else {}
+
+
+def export_router(model: RouterForTraining, out: Path, dtype: torch.dtype, provenance: dict[str, Any]) -> None:
+    """Write the trained router as `assemble` takes it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise FusionRouteError(f"{name} is not finite after training: lower the learning rate")
+    with staged_folder(out, replace=True) as scratch:
+        if model.is_adapter:
+            save_adapter(model.lm, scratch / "adapter", dtype, provenance)
+        else:
+            model.causal_lm.to(dtype).save_pretrained(scratch / "model")
+            write_json(scratch / "model" / PROVENANCE, provenance)
+        model.route_head.trained = True
+        model.route_head.save(scratch)
+
+
+def sft(
+    config: FusionRouteConfig,
+    collection: Path,
+    items: Sequence[Item],
+    annotations: Path,
+    out: Path,
+    *,
+    lora: LoraSettings | None,
+    arguments: dict[str, Any],
+    run: Path,
+    options: LoadOptions,
+) -> dict[str, Any]:
+    """Phase 1 (Eq. 2) on SFT items."""
+    folders = annotate_members(config, collection, config.expert_names, items, annotations, options)
+    annotated = with_annotations(items, folders)
+    spec = config.router_spec
+    seed = int(arguments.get("seed", 42))
+    model = load_trainable(spec, config, collection, lora=lora, options=options, seed=seed)
+    return train_router(
+        model,
+        annotated,
+        out,
+        arguments=arguments,
+        run=run,
+        title="router, phase 1 (SFT)",
+        provenance=_provenance(spec, "sft", items, arguments),
+        dtype=_export_dtype(model),
+    )
+
+
+def cdpo(
+    config: FusionRouteConfig,
+    collection: Path,
+    items: Sequence[Item],
+    annotations: Path,
+    out: Path,
+    *,
+    arguments: dict[str, Any],
+    run: Path,
+    options: LoadOptions,
+) -> dict[str, Any]:
+    """Phase 2 (Eq. 3, Algorithm 1) on pairs and SFT items; the router of `collection` is π_ref."""
+    if not config.head_trained:
+        raise FusionRouteError(
+            f"{collection}: the route head is untrained; run phase 1 (`fusionroute train sft`) first"
+        )
+    if not any(item.is_pair for item in items):
+        raise FusionRouteError("phase 2 needs preference pairs, and the data has none")
+    folders = annotate_members(config, collection, config.expert_names, items, annotations, options)
+    (reference,) = annotate_members(config, collection, [ROUTER], items, annotations, options)
+    annotated = with_annotations(items, folders, reference)
+    spec = config.router_spec
+    model = load_trainable(spec, config, collection, lora=None, options=options, seed=0)
+    return train_router(
+        model,
+        annotated,
+        out,
+        arguments=arguments,
+        run=run,
+        title="router, phase 2 (CDPO)",
+        provenance=_provenance(spec, "cdpo", items, arguments),
+        dtype=_export_dtype(model),
+    )
+
+
+def router_spec(source: MemberSpec, folder: Path) -> MemberSpec:
+    """The spec of a router trained into `folder` from the router `source`."""
+    if (folder / "adapter").is_dir():
+        return MemberSpec(ROUTER, source.source, source.revision, str(folder / "adapter"), license=source.license)
+    return MemberSpec(ROUTER, str(folder / "model"), license=source.license)
+
+
+def _export_dtype(model: RouterForTraining) -> torch.dtype:
+    """An adapter is stored as its base is: more digits would be rounded away when it is loaded."""
+    return next(p.dtype for n, p in model.causal_lm.named_parameters() if "lora_" not in n)
+
+
+def _provenance(spec: MemberSpec, phase: str, items: Sequence[Item], arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "base": spec.source,
+        "base_digest": spec.digest,
+        "phase": phase,
+        "items": len(items),
+        "pairs": sum(item.is_pair for item in items),
+        "arguments": arguments,
+    }

@@ -1,0 +1,95 @@
+"""What `annotate`, `train` and `routing` do with a collection and a recipe: locate, tokenize, call, assemble."""
+
+from pathlib import Path
+from typing import Any
+
+from fusionroute import collection as collections
+from fusionroute.errors import UsageError
+from fusionroute.recipe import PhaseSection, Run, load_recipe, measure_heldout
+
+
+def _open(name: str | None, recipe: Path, data: Path | None, dtype: str | None, base: str | None) -> Any:
+    from fusionroute.members import LoadOptions
+    from fusionroute.modeling import parse_dtype
+
+    folder = collections.locate(name)
+    run = Run(load_recipe(recipe), Path(), data)
+    return folder, run, LoadOptions(dtype=parse_dtype(dtype or run.recipe.dtype), base=base)
+
+
+def _section(run: Run, phase: str) -> PhaseSection:
+    section = {"sft": run.recipe.sft, "cdpo": run.recipe.cdpo}.get(phase)
+    if section is None:
+        raise UsageError(f"the recipe has no {phase} section; phases are sft and cdpo")
+    return section
+
+
+def annotate(
+    name: str,
+    recipe: Path,
+    data: Path | None,
+    out: Path,
+    phase: str,
+    members: list[str] | None,
+    dtype: str | None,
+    base: str | None,
+) -> list[Path]:
+    """Annotate the rows of a recipe's phase with the collection's experts, or with `members`; returns the folders."""
+    from fusionroute.configuration import ROUTER
+    from fusionroute.training.phases import annotate_members
+
+    folder, run, options = _open(name, recipe, data, dtype, base)
+    config, items = run.items(_section(run, phase).data, f"rows of {phase}", folder)
+    names = members or config.expert_names
+    for member in names:
+        if member != ROUTER:
+            config.expert_index(member)
+    return annotate_members(config, folder, names, items, out, options)
+
+
+def train(
+    phase: str,
+    name: str,
+    recipe: Path,
+    data: Path | None,
+    annotations: Path,
+    out: Path,
+    dtype: str | None,
+    base: str | None,
+) -> Path:
+    """Train the router of a collection by one phase of a recipe and write the new collection to `out`."""
+    from fusionroute.training import phases
+
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty: name another folder for the new collection")
+    folder, run, options = _open(name, recipe, data, dtype, base)
+    section = _section(run, phase)
+    config, items = run.items(section.data, f"rows of {phase}", folder)
+    work = out.with_name(f"{out.name}.work")
+    common: dict[str, Any] = {"arguments": section.training, "run": work / "checkpoints", "options": options}
+    if phase == "sft":
+        common["lora"] = run.recipe.router.lora
+    function = phases.sft if phase == "sft" else phases.cdpo
+    function(config, folder, items, annotations, work / "router", **common)
+    router = phases.router_spec(config.router_spec, work / "router")
+    training = {**(config.training or {}), phase: section.training}
+    embed = [router.name] if router.adapter is None else []
+    collections.assemble(
+        out,
+        router,
+        config.expert_specs,
+        head=work / "router",
+        embed=embed,
+        alpha=config.alpha,
+        training=training,
+        relative_to=folder,
+    )
+    return out
+
+
+def measure(name: str | None, recipe: Path, data: Path | None, base: str | None) -> tuple[dict[str, Any], str]:
+    """Routing figures of a collection on a recipe's held-out rows."""
+    run = Run(load_recipe(recipe), Path(), data)
+    if not run.recipe.heldout:
+        raise UsageError(f"{recipe} has no heldout rows to measure on")
+    return measure_heldout(run, collections.locate(name), base)

@@ -1,0 +1,114 @@
+"""What `config.json` holds and refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusionroute.configuration import FusionRouteConfig, MemberSpec
+from fusionroute.errors import FusionRouteError, UsageError
+
+ROUTER = MemberSpec("router", "org/router", revision="abc", digest="sha256:1")
+# Neither sorted nor reverse-sorted: JSON objects would come back in another order.
+EXPERTS = [MemberSpec(name, f"org/{name}") for name in ("math", "general", "code", "zeta", "alpha")]
+
+
+@pytest.fixture
+def config() -> FusionRouteConfig:
+    config = FusionRouteConfig(vocab_size=320, alpha=0.5, head_trained=True, eos_token_id=[2, 5], training={"b": 1})
+    config.set_members(ROUTER, EXPERTS)
+    return config
+
+
+def test_order_of_experts_survives_the_disk(config: FusionRouteConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    assert FusionRouteConfig.from_pretrained(tmp_path).expert_names == ["math", "general", "code", "zeta", "alpha"]
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "alpha", "head_trained", "eos_token_id", "training", "router", "experts"])
+def test_value_survives_the_disk(config: FusionRouteConfig, tmp_path: Path, key: str) -> None:
+    config.save_pretrained(tmp_path)
+    assert getattr(FusionRouteConfig.from_pretrained(tmp_path), key) == getattr(config, key)
+
+
+def test_config_is_named_in_json(config: FusionRouteConfig) -> None:
+    assert json.loads(config.to_json_string())["model_type"] == "fusionroute"
+
+
+@pytest.mark.parametrize("name", ["FusionRouteConfig", "FusionRouteForCausalLM"])
+def test_touching_a_name_registers_it_with_auto_config(config: FusionRouteConfig, tmp_path: Path, name: str) -> None:
+    config.save_pretrained(tmp_path)
+    script = f"import fusionroute, transformers; fusionroute.{name}; transformers.AutoConfig.from_pretrained({str(tmp_path)!r})"
+    # In a process of its own, since other tests register it too.
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr.splitlines()[-1]
+
+
+def test_members_are_the_router_then_the_experts(config: FusionRouteConfig) -> None:
+    assert config.member_specs == [ROUTER, *EXPERTS]
+
+
+def test_expert_index_is_the_route_index(config: FusionRouteConfig) -> None:
+    assert [config.expert_index(name) for name in ("math", "code", "alpha")] == [0, 2, 4]
+
+
+def test_unknown_expert_is_refused_with_the_names_there_are(config: FusionRouteConfig, refuses: Callable) -> None:
+    with refuses(UsageError, "'maths'", "math, general, code, zeta, alpha"):
+        config.expert_index("maths")
+
+
+def test_the_router_is_no_expert(config: FusionRouteConfig, refuses: Callable) -> None:
+    with refuses(UsageError, "'router'"):
+        config.expert_index("router")
+
+
+@pytest.mark.parametrize("names", [["math", "math"], ["math", "router"]])
+def test_ambiguous_names_are_refused(names: list[str], refuses: Callable) -> None:
+    with refuses(FusionRouteError, names[1]):
+        FusionRouteConfig(router=vars(ROUTER), experts=[{"name": name, "source": "org/x"} for name in names])
+
+
+def test_config_without_router_is_refused(refuses: Callable) -> None:
+    with refuses(FusionRouteError, "no router"):
+        _ = FusionRouteConfig(experts=[vars(EXPERTS[0])]).member_specs
+
+
+@pytest.mark.parametrize("name", ["", "Math", "1math", "ma-th", "ma.th", "mäth", "_math", "math ", "a/b", "math\n"])
+def test_name_that_is_no_module_name_is_refused(name: str, refuses: Callable) -> None:
+    with refuses(UsageError, repr(name)):
+        MemberSpec(name, "org/x")
+
+
+@pytest.mark.parametrize(("name", "module"), [("router", "router"), ("math", "expert_math"), ("m_2", "expert_m_2")])
+def test_module_of_a_member(name: str, module: str) -> None:
+    assert MemberSpec(name, "org/x").module == module
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [({"name": "math"}, "source"), ({"source": "org/x"}, "name"), ({"name": "math", "source": "x", "sauce": 1}, "sauce")],
+)
+def test_member_with_other_keys_is_refused(data: dict[str, Any], word: str, refuses: Callable) -> None:
+    with refuses(FusionRouteError, word, "config.json"):
+        MemberSpec.from_dict(data)
+
+
+def test_set_members_does_not_share_state_with_the_specs(config: FusionRouteConfig) -> None:
+    spec = MemberSpec("math", "org/x")
+    config.set_members(ROUTER, [spec])
+    spec.source = "org/other"
+    assert config.expert_specs[0].source == "org/x"
+
+
+def test_a_changed_spec_does_not_change_the_config(config: FusionRouteConfig) -> None:
+    config.expert_specs[0].source = "org/other"
+    assert config.expert_specs[0].source == "org/math"
+
+
+def test_set_members_refuses_two_experts_of_one_name(config: FusionRouteConfig, refuses: Callable) -> None:
+    with refuses(FusionRouteError, "math"):
+        config.set_members(ROUTER, [EXPERTS[0], EXPERTS[0]])

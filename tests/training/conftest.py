@@ -1,0 +1,111 @@
+"""Random models, routers, items and runs small enough to be compared with the formulas written out."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusionroute import tiny
+from fusionroute.router import RouteHead
+from fusionroute.training.data import Item, Tokens
+
+VOCAB = 320
+NAMES = ("math", "code", "general")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def make_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A new random causal LM; equal arguments give equal weights. `lora=True` wraps it with a trainable adapter."""
+    made: dict[str, Any] = {}
+
+    def make(
+        family: str = "llama", *, lora: bool = False, dropout: float = 0.0, trained: bool = True, **options: Any
+    ) -> Any:
+        key = repr((family, sorted(options.items())))
+        if key not in made:
+            made[key] = tiny.make_model(tmp_path_factory.mktemp(family), family=family, **options)
+        model = copy.deepcopy(made[key])
+        if not lora:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+        wrapped = get_peft_model(model, config)
+        if trained:  # lora_B starts at zero, which would hide the gradients of lora_A
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+        return wrapped
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_items() -> Callable[..., list[Item]]:
+    """`sft` chat items and `pairs` preference items in random order, with random annotations of `n` experts."""
+
+    def make(sft: int, pairs: int, *, n: int = 3, seed: int = 0, vocab: int = VOCAB, longest: int = 8) -> list[Item]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def integer(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (), generator=generator))
+
+        def side() -> tuple[Tokens, dict[str, torch.Tensor]]:
+            prompt, length = integer(1, longest), integer(1, longest)
+            ids = torch.randint(0, vocab, (prompt + length,), generator=generator)
+            columns = {
+                "logprobs": -4 * torch.rand(length, n, generator=generator),
+                # Two greedy ids, so that about a quarter of the positions is not informative.
+                "greedy": torch.randint(5, 7, (length, n), generator=generator, dtype=torch.int32),
+                "reference": -4 * torch.rand(length, generator=generator),
+            }
+            return Tokens(tuple(ids.tolist()), prompt), columns
+
+        items = []
+        for kind in range(sft + pairs):
+            sides = [side() for _ in range(1 if kind < sft else 2)]
+            if kind < sft:
+                sides[0][1].pop("reference")
+            domain = ("gsm", "mbpp")[integer(0, 1)] if kind < sft else "chat"
+            items.append(Item(tuple(s for s, _ in sides), domain, tuple(c for _, c in sides)))
+        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_head() -> Callable[..., RouteHead]:
+    """A route head that is not all ties."""
+
+    def make(width: int = 32, names: tuple[str, ...] = NAMES, seed: int = 3) -> RouteHead:
+        head = RouteHead(width, names)
+        head.weight.data.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        return head
+
+    return make
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run Python source in a process of its own, which may kill itself and its children."""
+
+    def run(source: str, *arguments: object) -> subprocess.CompletedProcess:
+        path = tmp_path / "script.py"
+        path.write_text(source, encoding="utf-8")
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(path), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run

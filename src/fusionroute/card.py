@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 # Those a language model is likely to have of the ids that the Hub knows (hf.co/docs/hub/repositories-licenses): it
 # refuses a card with another one, which then goes into `license_name`.
-_LICENSES = ["apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail", "bigscience-openrail-m", "bigcode-openrail-m", "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"]  # fmt: skip
+_LICENSES = [
+    "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
+    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "openrail",
+    "bigscience-openrail-m", "bigcode-openrail-m", "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+    "llama4",
+]  # fmt: skip
 # Whole words that start at / or ~; not the tail of a URL, of `org/name` or of `and/or`.
 _PATH = re.compile(r"(?<![\w:/.~-])(?:file://)?(?:~|/[^\s\"'`,;:()\[\]{}<>|/]+)(?:/[^\s\"'`,;:()\[\]{}<>|/]*)+")
 _KNOWN = {

@@ -193,12 +193,12 @@ def assemble(
                 spec = replace(spec, adapter_digest=sources.weights_digest(adapter))
                 _copy_adapter(adapter, scratch / spec.module)
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
-            elif spec.name in embed:
+            if spec.adapter is None and spec.name in embed:
                 _copy_model(folder, scratch / spec.module)
                 spec = replace(spec, source=f"./{spec.module}", revision=None)
             elif _is_local(spec.source):
                 # A reference to this machine, whatever folder the collection is later read from.
-                spec = replace(spec, source=str(folder))
+                spec = replace(spec, source=str(folder.resolve()))
             kept.append(spec)
         own = configs[ROUTER]
         vocab = min([report.common, *(c.vocab_size for c in configs.values())])

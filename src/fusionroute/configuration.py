@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from fusionroute.errors import FusionRouteError, UsageError
 
@@ -138,3 +138,6 @@ class FusionRouteConfig(PreTrainedConfig):
         if name not in self.expert_names:
             raise UsageError(f"no expert named {name!r} in this collection: it has {', '.join(self.expert_names)}")
         return self.expert_names.index(name)
+
+
+AutoConfig.register("fusionroute", FusionRouteConfig, exist_ok=True)

@@ -1,21 +1,26 @@
-"""What a collection is made of and needs: members, digests, vocabulary, memory. Reads configs and headers, no weights.
+"""What a collection is made of and needs: members, digests, vocabulary, memory.
 
-Members that are not on this machine yet are fetched, since their digests are of their weights; with HF_HUB_OFFLINE=1
-they are reported as missing instead. Knows nothing of speed, and memory for activations is not counted.
+Loads no model: it reads configs and the headers of weight files, whose digests are computed once and remembered.
+Members that are not on this machine yet are fetched; with HF_HUB_OFFLINE=1 they are reported as missing instead.
+Knows nothing of speed; memory for activations is not counted.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from fusionroute.card import short_digest, short_source
 from fusionroute.errors import FusionRouteError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
     from fusionroute.configuration import FusionRouteConfig, MemberSpec
 
 EXAMPLE_TOKENS = 2048
@@ -57,8 +62,7 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
     """All there is to say about the collection in `folder`, as a dict that `json.dumps` takes.
 
     A member, head or vocabulary that is not as it should be does not end the report: its entry has `error`, and
-    `errors(report)` lists them. Sizes are bytes; memory is what loading takes with the files' own dtypes, KV caches in
-    the same.
+    `errors(report)` lists them. Memory is in bytes: what loading takes in the files' own dtypes, KV caches likewise.
 
     Args:
         folder: the collection.
@@ -105,9 +109,9 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
 
 def errors(report: dict[str, Any]) -> list[str]:
     """Every error in `report`, one line each. A digest that differs is among the warnings: `base` may excuse it."""
-    parts = {member["name"]: member for member in report["members"]}
-    parts |= {"route head": report["head"], "vocabulary": report["vocabulary"]}
-    return [f"{name}: {part['error']}" for name, part in parts.items() if "error" in part]
+    parts = [(member["name"], member) for member in report["members"]]
+    parts += [("route head", report["head"]), ("vocabulary", report["vocabulary"])]
+    return [f"{name}: {part['error']}" for name, part in parts if "error" in part]
 
 
 # ---- members
@@ -131,7 +135,7 @@ def _inspect_member(
     try:
         _read_weights(member, member.folder, adapter)
         found = sources.weights_digest(member.folder)
-        entry["digest_matches"] = _compare(member, "base" if spec.adapter else "model", spec.digest, found)
+        entry["digest_matches"] = _compare(member, "model", spec.digest, found, base is not None)
         if adapter is not None:
             found = sources.weights_digest(adapter)
             entry["adapter_digest_matches"] = _compare(member, "adapter", spec.adapter_digest, found)
@@ -154,16 +158,16 @@ def _read_weights(member: _Found, folder: Path, adapter: Path | None) -> None:
     entry["parameters"], stored, entry["dtype"] = _measure(tensors)
     entry["bytes"] = stored
     if adapter is not None:
-        entry["adapter_parameters"], adapter_stored, _ = _measure(
-            sources._read_header(adapter / "adapter_model.safetensors").values()
-        )
-        entry["bytes"] += adapter_stored
+        tensors = sources._read_header(adapter / "adapter_model.safetensors").values()
+        entry["adapter_parameters"], more, _ = _measure(tensors)
+        entry["bytes"] += more
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
         cache = DynamicCache(config=config)
-    except (OSError, ValueError, KeyError) as error:
-        raise FusionRouteError(f"{folder}: transformers cannot read its config: {error}") from error
+    except Exception as error:  # an odd config.json makes transformers stumble in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FusionRouteError(f"{folder / 'config.json'} cannot be read by transformers: {reason}") from error
     entry["architecture"] = (config.architectures or [type(config).__name__])[0]
     entry["layers"], entry["width"] = text.num_hidden_layers, text.hidden_size
 
@@ -182,8 +186,6 @@ def _read_weights(member: _Found, folder: Path, adapter: Path | None) -> None:
 
 def _measure(tensors: Iterable[Any]) -> tuple[int, int, str]:
     """Numbers, bytes, and the dtype that most of the bytes are in."""
-    from math import prod
-
     numbers, by_dtype = 0, dict[str, int]()
     for tensor in tensors:
         numbers += prod(tensor.shape)
@@ -192,12 +194,13 @@ def _measure(tensors: Iterable[Any]) -> tuple[int, int, str]:
     return numbers, sum(by_dtype.values()), _DTYPES.get(dtype, dtype.lower())
 
 
-def _compare(member: _Found, what: str, expected: str | None, found: str) -> bool | None:
+def _compare(member: _Found, what: str, expected: str | None, found: str, excused: bool = False) -> bool | None:
     if expected is None:
         return None
     if found != expected:
+        so = "the result may differ from the published one" if excused else "loading refuses it, fetch the right files"
         name = member.entry["name"]
-        member.warnings.append(f"{name}: the {what} has digest {found}, the collection expects {expected}")
+        member.warnings.append(f"{name}: the {what} has digest {found}, the collection expects {expected}: {so}")
     return found == expected
 
 
@@ -274,18 +277,14 @@ def _memory(found: list[_Found], config: "FusionRouteConfig") -> dict[str, Any]:
         kept = {window for window in member.windows if window is not None}
         if kept:
             layers = sum(window is not None for window in member.windows)
-            notes.append(
-                f"{member.entry['name']}: {layers} of {len(member.windows)} layers slide and keep only the last "
-                f"{', '.join(map(str, sorted(kept)))} tokens"
-            )
+            last = ", ".join(map(str, sorted(kept)))
+            name, of = member.entry["name"], len(member.windows)
+            notes.append(f"{name}: {layers} of {of} layers slide and keep only the last {last} tokens")
+    example = sum(member.kv_bytes(EXAMPLE_TOKENS) for member in found)
     return {
         "weights_bytes": sum(bases.values()) + sum(member.adapter_bytes for member in found) + head,
         "kv_bytes_per_token": {"members": per_token, "total": sum(per_token.values())},
-        "example": {
-            "rows": 1,
-            "tokens": EXAMPLE_TOKENS,
-            "bytes": sum(member.kv_bytes(EXAMPLE_TOKENS) for member in found),
-        },
+        "example": {"rows": 1, "tokens": EXAMPLE_TOKENS, "bytes": example},
         "notes": notes,
     }
 
@@ -293,16 +292,15 @@ def _memory(found: list[_Found], config: "FusionRouteConfig") -> dict[str, Any]:
 # ---- for a terminal
 
 
-def render(report: dict[str, Any]) -> "RenderableType":
+def render(report: dict[str, Any]) -> RenderableType:
     """The report for a terminal of 80 columns or more."""
-    from rich.console import Group
-    from rich.text import Text
-
     head, memory, words = report["head"], report["memory"], report["vocabulary"]
-    state = "route head trained" if head["trained"] else "route head untrained"
+    state = "trained" if head["trained"] else "untrained"
     lines: list[RenderableType] = [
-        Text(f"{report['collection']}", style="bold"),
-        Text(f"α = {report['alpha']:g} · {report['vocab_size']} ids · {state} · {', '.join(head['experts'])}"),
+        Text(report["collection"], style="bold"),
+        Text(
+            f"α = {report['alpha']:g} · {report['vocab_size']} ids · route head {state} · {', '.join(head['experts'])}"
+        ),
         _origins(report["members"]),
         _numbers(report),
     ]
@@ -323,76 +321,65 @@ def render(report: dict[str, Any]) -> "RenderableType":
     return Group(*lines)
 
 
-def _origins(members: list[dict[str, Any]]) -> "Table":
-    from rich.text import Text
-
-    table = _table(["", "member", "weights and adapter", "digest", "template", "licence"], fold="weights and adapter")
+def _origins(members: list[dict[str, Any]]) -> Table:
+    table = _table("", "member", "weights and adapter", ">digest", "template", "licence")
     seen: set[str] = set()
     for member in members:
         twin = next((name for name in member["shares_base_with"] if name in seen), None)
         seen.add(member["name"])
         revision = "" if member["revision"] is None else f"@{member['revision']}"
-        cell = Text(short_source(member["source"]) + revision if twin is None else f"as {twin}")
-        digests = _digest(member, "digest")
+        table.add_row(
+            "–" if member["index"] is None else str(member["index"]),
+            Text(member["name"], style="red" if "error" in member else "bold"),
+            Text(short_source(member["source"]) + revision if twin is None else f"as {twin}"),
+            _digest(member, "digest"),
+            member["template"] or "?",
+            Text(member["license"] or "?"),
+        )
         if member["adapter"] is not None:
-            # The adapter's digest stands on the adapter's line, which is the second only if the source fits on one.
-            cell = Text("\n").join([cell, Text(f"+ {member['adapter']}")])
-            digests = Text("\n").join([digests, _digest(member, "adapter_digest")])
+            table.add_row("", "", Text(f"+ {member['adapter']}"), _digest(member, "adapter_digest"))
         if member["description"]:
-            cell = Text("\n").join([cell, Text(member["description"], style="dim")])
-        index = "–" if member["index"] is None else str(member["index"])
-        name = Text(member["name"], style="red" if "error" in member else "bold")
-        table.add_row(index, name, cell, digests, member["template"] or "?", member["license"] or "?")
+            table.add_row("", "", Text(member["description"], style="dim"))
     return table
 
 
-def _digest(member: dict[str, Any], key: str) -> Any:
-    from rich.text import Text
-
+def _digest(member: dict[str, Any], key: str) -> Text:
     if member[key] is None:
         return Text("none", style="dim")
     mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("?", "dim")}[member[f"{key}_matches"]]
     return Text.assemble(short_digest(member[key]), " ", (mark, style))
 
 
-def _numbers(report: dict[str, Any]) -> "Table":
-    numeric = ["layers", "width", "parameters", "+ adapter", "files", "KV/token"]
-    table = _table(["member", "architecture", *numeric, "dtype"], right=numeric)
+def _numbers(report: dict[str, Any]) -> Table:
+    table = _table("member", "architecture", ">layers", ">params", ">adapter", ">files", ">KV/token", "dtype")
     per_token = report["memory"]["kv_bytes_per_token"]["members"]
     for member in report["members"]:
         if member["layers"] is None:
-            table.add_row(member["name"], *["?"] * 8)
+            table.add_row(member["name"], *["?"] * 7)
             continue
         table.add_row(
             member["name"],
             member["architecture"].removesuffix("ForCausalLM"),
-            str(member["layers"]),
-            str(member["width"]),
+            f"{member['layers']}×{member['width']}",
             _count(member["parameters"]),
-            "" if member["adapter_parameters"] is None else _count(member["adapter_parameters"]),
+            "–" if member["adapter_parameters"] is None else _count(member["adapter_parameters"]),
             _size(member["bytes"]),
-            _size(per_token[member["name"]]),
+            _size(per_token.get(member["name"], 0)),
             member["dtype"],
         )
     return table
 
 
-def _table(headers: list[str], *, right: Iterable[str] = (), fold: str | None = None) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def _table(*headers: str) -> Table:
+    """An empty table; columns whose header starts with `>` hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
-        table.add_column(
-            header, justify="right" if header in right else "left", overflow="fold", no_wrap=header != fold
-        )
+        right = header.startswith(">")
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
     return table
 
 
-def _marked(texts: Iterable[str], style: str) -> "list[RenderableType]":
-    from rich.padding import Padding
-    from rich.text import Text
-
+def _marked(texts: Iterable[str], style: str) -> list[RenderableType]:
     return [Padding(Text(text, style=style, overflow="fold"), (0, 0, 0, 2)) for text in texts]
 
 

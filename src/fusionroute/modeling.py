@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fusionroute import collection, fusion
@@ -330,5 +330,4 @@ def _refuse_unknown(unknown: dict[str, Any]) -> None:
         raise UsageError(f"from_pretrained of a collection does not take {', '.join(left)}")
 
 
-AutoConfig.register("fusionroute", FusionRouteConfig, exist_ok=True)
 AutoModelForCausalLM.register(FusionRouteConfig, FusionRouteForCausalLM, exist_ok=True)

@@ -156,7 +156,7 @@ class Run:
                 files = [(self.data or Path()) / name for name in self.recipe.benchmarks]
             else:
                 files = benchmark_files(self.data) if self.data is not None else []
-            if not files:
+            if not files and self.recipe.benchmarks is None:
                 say("no benchmark test files under --data: the check for shared text has nothing to compare with")
             self._index = BenchmarkIndex.from_files(files)
         return self._index
@@ -361,11 +361,13 @@ def tiny(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
     import random
 
     from fusionroute import tiny as models
+    from fusionroute.training.running import quiet
 
     base = folder / "tiny-base"
     if not (base / "config.json").is_file():
-        tokenizer = models.make_tokenizer(base)
-        models.make_model(base, vocab_size=len(tokenizer), scale=0.1)
+        with quiet():
+            tokenizer = models.make_tokenizer(base)
+            models.make_model(base, vocab_size=len(tokenizer), scale=0.1)
     data = folder / "tiny-data"
     data.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
@@ -402,12 +404,15 @@ def tiny(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
     small.benchmarks = []
     for expert in small.experts:
         expert.source = expert.revision = expert.adapter = None
-        expert.data, expert.training = shrink(expert.data), {**expert.training, **steps, "bf16": False}
+        # A high rate, so that three steps make experts that disagree.
+        fast = {**steps, "bf16": False, "learning_rate": 0.02}
+        expert.data, expert.training = shrink(expert.data), {**expert.training, **fast}
     small.router.source = small.router.revision = None
     for phase in (small.sft, small.cdpo):
         if phase is not None:
             phase.data, phase.training = shrink(phase.data), {**phase.training, **steps, "bf16": False}
     small.heldout = shrink(small.heldout)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(small.model_dump(mode="json", exclude_unset=True)))
     return small, data
 
 

@@ -1,5 +1,8 @@
 """What `annotate`, `train` and `routing` do with a collection and a recipe: locate, tokenize, call, assemble."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,8 @@ def train(
 ) -> Path:
     """Train the router of a collection by one phase of a recipe and write the new collection to `out`."""
     from fusionroute.training import phases
+    from fusionroute.training.annotation import sequences_of
+    from fusionroute.training.data import digest_sequences
 
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: name another folder for the new collection")
@@ -66,7 +71,10 @@ def train(
     section = _section(run, phase)
     config, items = run.items(section.data, f"rows of {phase}", folder)
     work = out.with_name(f"{out.name}.work")
-    common: dict[str, Any] = {"arguments": section.training, "run": work / "checkpoints", "options": options}
+    # Checkpoints of other settings or rows must not be gone on from.
+    settings = [phase, config.to_json_string(), digest_sequences(sequences_of(items)), section.training, str(dtype)]
+    run_folder = work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    common: dict[str, Any] = {"arguments": section.training, "run": run_folder, "options": options}
     if phase == "sft":
         common["lora"] = run.recipe.router.lora
     function = phases.sft if phase == "sft" else phases.cdpo
@@ -84,6 +92,7 @@ def train(
         training=training,
         relative_to=folder,
     )
+    shutil.rmtree(work)
     return out
 
 

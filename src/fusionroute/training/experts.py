@@ -9,7 +9,7 @@ from fusionroute import sources
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, load_model
 from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
-from fusionroute.training.running import Progress, StopOnNan, last_checkpoint, make_arguments, quiet
+from fusionroute.training.running import Progress, StopOnNan, make_arguments, quiet, train_to_the_end
 
 
 def train_expert(
@@ -62,8 +62,7 @@ def train_expert(
             callbacks=[Progress(f"expert {name}"), StopOnNan()],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = last_checkpoint(run)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train_to_the_end(trainer, run)
     provenance = {
         "base": base,
         "base_digest": sources.weights_digest(folder),

@@ -21,7 +21,7 @@ from fusionroute.router import RouteHead, head_width
 from fusionroute.training.annotation import annotate, sequences_of, with_annotations
 from fusionroute.training.data import Item
 from fusionroute.training.lora import PROVENANCE, LoraSettings, lora_config, save_adapter
-from fusionroute.training.running import last_checkpoint, make_arguments, quiet
+from fusionroute.training.running import make_arguments, quiet, train_to_the_end
 from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
 
 
@@ -108,8 +108,7 @@ def train_router(
     args = make_arguments(RouterArguments, run, arguments)
     with quiet():
         trainer = RouterTrainer(model, args, items, eval_items=eval_items, title=title)
-        checkpoint = last_checkpoint(run)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train_to_the_end(trainer, run)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     export_router(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)
     write_json(run / "log.json", trainer.state.log_history)
@@ -199,6 +198,7 @@ def cdpo(
 
 def router_spec(source: MemberSpec, folder: Path) -> MemberSpec:
     """The spec of a router trained into `folder` from the router `source`."""
+    folder = folder.resolve()  # a relative path would be read from wherever the collection is
     if (folder / "adapter").is_dir():
         return MemberSpec(ROUTER, source.source, source.revision, str(folder / "adapter"), license=source.license)
     return MemberSpec(ROUTER, str(folder / "model"), license=source.license)

@@ -64,6 +64,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole)[1] if whole else None
 
 
+def train_to_the_end(trainer: Any, run: Path) -> None:
+    """`trainer.train()`, from the newest whole checkpoint in `run` if there is one.
+
+    A run killed after its last checkpoint is only loaded: transformers would take one more step.
+    """
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+
+
 class StopOnNan(TrainerCallback):
     """Ends a run whose loss or gradient is no longer a number, before it is saved."""
 

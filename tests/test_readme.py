@@ -1,0 +1,61 @@
+"""Every command and the Python of the README run as they stand; hours-long ones with --tiny."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every line of every bash block, without `make test`, which is what runs this."""
+    lines = [line.strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and line != "make test"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a checkout: the commands make and use files in it, in the README's order."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def run(command: list[str], where: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, input="", timeout=1500)
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    assert blocks("bash")[0].split("\n")[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", commands())
+def test_command(line: str, place: Path) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        done = run(words, ROOT)
+    elif "DIR" in words:
+        done = run([*words[: words.index("--data")], "--tiny"], place)
+    else:
+        done = run(words, place)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_python(place: Path) -> None:
+    (code,) = blocks("python")
+    done = run([sys.executable, "-c", code], place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1])) <= {"general", "math", "code"}

@@ -25,9 +25,19 @@ SHAPES = {
     "gemma2": [("gemma2", 32, 2, 0, False), ("gemma2", 32, 4, 0, False), ("gemma2", 48, 2, 0, False)],
     "qwen2": [("qwen2", 32, 2, 8, False), ("qwen2", 48, 2, 16, False), ("qwen2", 32, 2, 0, False)],
     "adapters": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True)],
-    "mixed": [("llama", 32, 2, 0, True), ("gemma2", 48, 2, 16, False), ("llama", 32, 2, 0, True), ("qwen2", 32, 2, 8, False)],
+    "mixed": [
+        ("llama", 32, 2, 0, True),
+        ("gemma2", 48, 2, 16, False),
+        ("llama", 32, 2, 0, True),
+        ("qwen2", 32, 2, 8, False),
+    ],
     "bare": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, BARE), ("llama", 32, 2, 0, True)],
-    "two_bases": [("llama", 32, 2, 0, True), ("llama", 32, 2, 0, True), ("qwen2", 48, 2, 0, True), ("qwen2", 48, 2, 0, BARE)],
+    "two_bases": [
+        ("llama", 32, 2, 0, True),
+        ("llama", 32, 2, 0, True),
+        ("qwen2", 48, 2, 0, True),
+        ("qwen2", 48, 2, 0, BARE),
+    ],
 }
 
 
@@ -55,7 +65,9 @@ def make_collection(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             if key not in bases:
                 folder = root / f"model{len(bases)}"
                 vocab = len(tokenizer) + pad
-                model = tiny.make_model(folder, family=family, seed=number, width=width, layers=layers, vocab_size=vocab)
+                model = tiny.make_model(
+                    folder, family=family, seed=number, width=width, layers=layers, vocab_size=vocab
+                )
                 tokenizer.save_pretrained(folder)
                 bases[key] = (folder, model)
             folder, model = bases[key]
@@ -105,6 +117,24 @@ def shape(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def padded() -> "Callable[[Sequence[Sequence[int]], str], tuple[Tensor, Tensor]]":
+    """A function from rows and a side to ids and mask `[B, T]`; the padding is id 0, which is also a token."""
+
+    def pad(rows: Sequence[Sequence[int]], side: str) -> "tuple[Tensor, Tensor]":
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            where = slice(width - len(row), None) if side == "left" else slice(len(row))
+            ids[number, where], mask[number, where] = torch.tensor(row), 1
+        return ids, mask
+
+    return pad
+
+
 class Oracle:
     """Eq. 1 by hand: each member loaded on its own through transformers and PEFT, one row, no padding, no cache.
 
@@ -132,9 +162,16 @@ class Oracle:
             self.models.append(model)
         self.head = load_file(folder / "router" / "route_head.safetensors")["weight"]
         self.vocab = len(AutoTokenizer.from_pretrained(folder))
+        # Rows recur from test to test.
+        self.known: dict[tuple[int, ...], Any] = {}
 
     def terms(self, row: Sequence[int]) -> "tuple[Tensor, Tensor, Tensor]":
         """Scores `[T, n]`, the router's logits `[T, V]` and the experts' `[n, T, V]`."""
+        if tuple(row) not in self.known:
+            self.known[tuple(row)] = self._terms(row)
+        return self.known[tuple(row)]
+
+    def _terms(self, row: Sequence[int]) -> "tuple[Tensor, Tensor, Tensor]":
         import torch
 
         ids = torch.tensor([list(row)])

@@ -326,9 +326,7 @@ def test_head_of_other_experts_is_not_put_in(
     """Such a collection could not be loaded."""
     members = [MemberSpec(n, str(models(n))) for n in ("router", "math")]
     with pytest.raises(FusionRouteError):
-        collection.assemble(
-            tmp_path / "out", members[0], members[1:], head=make_collection("llama") / "router"
-        )
+        collection.assemble(tmp_path / "out", members[0], members[1:], head=make_collection("llama") / "router")
         FusionRouteForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -358,12 +356,16 @@ def test_embedded_collection_needs_nothing_else(
     embedded: Callable[[str], Path], shape: str, load: Callable[[str], FusionRouteForCausalLM], tmp_path: Path
 ) -> None:
     folder = embedded(shape)
-    assert [m["source"] for m in [config_of(folder)["router"], *config_of(folder)["experts"]] if m["source"][0] != "."] == []
+    assert [
+        m["source"] for m in [config_of(folder)["router"], *config_of(folder)["experts"]] if m["source"][0] != "."
+    ] == []
     moved = folder.rename(tmp_path / "moved")
     assert torch.equal(logits(FusionRouteForCausalLM.from_pretrained(moved)), logits(load(shape)))
 
 
-def test_saving_keeps_the_order_of_experts(load: Callable[[str], FusionRouteForCausalLM], shape: str, tmp_path: Path) -> None:
+def test_saving_keeps_the_order_of_experts(
+    load: Callable[[str], FusionRouteForCausalLM], shape: str, tmp_path: Path
+) -> None:
     load(shape).save_pretrained(tmp_path / "out")
     assert [e["name"] for e in config_of(tmp_path / "out")["experts"]] == load(shape).config.expert_names
 
@@ -576,9 +578,7 @@ def test_push_of_local_members_is_refused_before_any_network(
     assert hub.calls == []
 
 
-def test_push_names_only_the_local_members(
-    load: Callable[[str], FusionRouteForCausalLM], hub: SimpleNamespace
-) -> None:
+def test_push_names_only_the_local_members(load: Callable[[str], FusionRouteForCausalLM], hub: SimpleNamespace) -> None:
     config = type(load("llama").config).from_dict(load("llama").config.to_dict())
     config.experts[0]["source"] = "org/math"
     assert [text.split(" ")[0] for text in collection.local_references(config)] == ["router", "code"]
@@ -605,7 +605,10 @@ def test_embedded_push_uploads_a_whole_collection(
 
 @pytest.mark.parametrize("shape", ["llama", "adapters", "mixed"])
 def test_embedded_push_tells_no_path_of_this_machine(
-    load: Callable[[str], FusionRouteForCausalLM], make_collection: Callable[[str], Path], hub: SimpleNamespace, shape: str
+    load: Callable[[str], FusionRouteForCausalLM],
+    make_collection: Callable[[str], Path],
+    hub: SimpleNamespace,
+    shape: str,
 ) -> None:
     load(shape).push_to_hub("me/collection", embed=True)
     secret = str(make_collection(shape).parent).encode()
@@ -640,7 +643,9 @@ def test_save_and_push_in_one_call(
     load: Callable[[str], FusionRouteForCausalLM], hub: SimpleNamespace, tmp_path: Path
 ) -> None:
     load("mixed").save_pretrained(tmp_path / "out", embed=True, push_to_hub=True, repo_id="me/mixed")
-    assert {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()} == digests(tmp_path / "out")
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in hub.files.items()} == digests(
+        tmp_path / "out"
+    )
 
 
 def test_save_and_push_of_local_members_writes_nothing(

@@ -29,7 +29,9 @@ def test_order_of_experts_survives_the_disk(config: FusionRouteConfig, tmp_path:
     assert FusionRouteConfig.from_pretrained(tmp_path).expert_names == ["math", "general", "code", "zeta", "alpha"]
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "alpha", "head_trained", "eos_token_id", "training", "router", "experts"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "alpha", "head_trained", "eos_token_id", "training", "router", "experts"]
+)
 def test_value_survives_the_disk(config: FusionRouteConfig, tmp_path: Path, key: str) -> None:
     config.save_pretrained(tmp_path)
     assert getattr(FusionRouteConfig.from_pretrained(tmp_path), key) == getattr(config, key)
@@ -90,7 +92,11 @@ def test_module_of_a_member(name: str, module: str) -> None:
 
 @pytest.mark.parametrize(
     ("data", "word"),
-    [({"name": "math"}, "source"), ({"source": "org/x"}, "name"), ({"name": "math", "source": "x", "sauce": 1}, "sauce")],
+    [
+        ({"name": "math"}, "source"),
+        ({"source": "org/x"}, "name"),
+        ({"name": "math", "source": "x", "sauce": 1}, "sauce"),
+    ],
 )
 def test_member_with_other_keys_is_refused(data: dict[str, Any], word: str, refuses: Callable) -> None:
     with refuses(FusionRouteError, word, "config.json"):

@@ -66,7 +66,9 @@ def edit(folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], di
 
 def test_each_of_several_adapters_on_one_base_is_itself(base: Path, adapter: Callable[..., Path]) -> None:
     folders = [adapter(1), adapter(2), None]
-    specs = [MemberSpec(n, str(base), adapter=f and str(f)) for n, f in zip(["router", "math", "code"], folders, strict=True)]
+    specs = [
+        MemberSpec(n, str(base), adapter=f and str(f)) for n, f in zip(["router", "math", "code"], folders, strict=True)
+    ]
     loaded = members(*specs)
     # Back and forth: switching must leave nothing behind.
     for index in (0, 1, 2, 1, 0, 2, 0):
@@ -149,7 +151,9 @@ def other(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_another_base_warns_with_both_digests_and_is_used(base: Path, other: Path, adapter: Callable[..., Path]) -> None:
+def test_another_base_warns_with_both_digests_and_is_used(
+    base: Path, other: Path, adapter: Callable[..., Path]
+) -> None:
     spec = MemberSpec("router", str(base), adapter=str(adapter(1)), digest=sources.weights_digest(base))
     with pytest.warns(UserWarning, match=rf"{sources.weights_digest(other)}.*{spec.digest}"):
         loaded = members(spec, base=str(other))
@@ -210,7 +214,9 @@ def test_half_written_weights_are_refused(base: Path, left: int, refuses: Callab
         members(MemberSpec("router", str(base)))
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
 def test_weight_that_is_not_there_is_never_made_up(base: Path, name: str, refuses: Callable) -> None:
     edit(base, "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if k != name})
     with refuses(FusionRouteError, base, "missing keys"):
@@ -328,7 +334,9 @@ def test_adapter_of_another_method_is_refused(base: Path, adapter: Callable[...,
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
-def test_missing_adapter_file_is_refused(base: Path, adapter: Callable[..., Path], file: str, refuses: Callable) -> None:
+def test_missing_adapter_file_is_refused(
+    base: Path, adapter: Callable[..., Path], file: str, refuses: Callable
+) -> None:
     folder = adapter(1)
     (folder / file).unlink()
     with refuses(FusionRouteError, folder, file):

@@ -1,8 +1,11 @@
-"""The reference model against an oracle that uses none of its code: `forward` and loading."""
+"""The reference model against an oracle that uses none of its code: `forward` and loading.
+
+`generate` has a file of its own.
+"""
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +38,19 @@ POLICIES: list[dict[str, Any]] = [
     {"routing": "query", "alpha": 0},
     {"routing": "query", "expert": "code"},
 ]
+# Every policy on the shape that has a bit of everything, and the usual ones on all shapes.
+SHAPES = ["adapters", "bare", "gemma2", "llama", "mixed", "qwen2", "two_bases"]
+CASES = [(shape, POLICIES[i]) for i in (0, 8) for shape in SHAPES] + [
+    ("mixed", policy) for i, policy in enumerate(POLICIES) if i not in (0, 8)
+]
+
+
+def case_name(value: Any) -> str:
+    return named(value) if isinstance(value, dict) else str(value)
 
 
 def named(policy: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in policy.items()) or "default"
-
-
-def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask `[B, T]`; the padding is id 0, which is also a token."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        where = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[number, where], mask[number, where] = torch.tensor(row), 1
-    return ids, mask
 
 
 # ---- Eq. 1
@@ -111,10 +113,10 @@ def test_alpha_of_the_configuration_is_the_default(make_collection: Callable[[st
 # ---- padding
 
 
-@pytest.mark.parametrize("policy", [{}, {"alpha": 0}, {"expert": "code"}, {"routing": "uniform"}], ids=named)
+@pytest.mark.parametrize("policy", [{}, {"expert": "code"}], ids=named)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_real_position(
-    load: Load, oracle: Callable, shape: str, side: str, policy: dict[str, Any]
+    load: Load, oracle: Callable, padded: Callable, shape: str, side: str, policy: dict[str, Any]
 ) -> None:
     ids, mask = padded(ROWS, side)
     with torch.no_grad():
@@ -126,7 +128,9 @@ def test_padding_changes_no_real_position(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_query_is_decided_at_the_last_real_position_of_each_row(load: Load, oracle: Callable, side: str) -> None:
+def test_query_is_decided_at_the_last_real_position_of_each_row(
+    load: Load, oracle: Callable, padded: Callable, side: str
+) -> None:
     ids, mask = padded(ROWS, side)
     with torch.no_grad():
         output = load("mixed")(ids, attention_mask=mask, routing="query")
@@ -145,7 +149,7 @@ def test_query_is_decided_at_the_end_of_the_prompt(load: Load, oracle: Callable,
 # ---- cache
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=named)
+@pytest.mark.parametrize(("shape", "policy"), CASES, ids=case_name)
 def test_cached_steps_equal_one_pass(load: Load, oracle: Callable, shape: str, policy: dict[str, Any]) -> None:
     model, row, prompt = load(shape), ROWS[0], 4
     expected, routes = oracle(shape)(row, prompt=prompt, **policy)
@@ -159,7 +163,9 @@ def test_cached_steps_equal_one_pass(load: Load, oracle: Callable, shape: str, p
     assert cache.routes.tolist() == [routes]
 
 
-def test_cached_steps_under_left_padding_equal_each_row_alone(load: Load, oracle: Callable, shape: str) -> None:
+def test_cached_steps_under_left_padding_equal_each_row_alone(
+    load: Load, oracle: Callable, padded: Callable, shape: str
+) -> None:
     model = load(shape)
     ids, mask = padded(ROWS, "left")
     cache = model.new_cache()
@@ -196,8 +202,8 @@ def test_cache_of_another_policy_is_refused(
 # ---- logits_to_keep, labels
 
 
-@pytest.mark.parametrize("policy", [{}, {"routing": "query"}, {"routing": "uniform"}, {"expert": "code"}], ids=named)
-@pytest.mark.parametrize("keep", [1, 3, 12, torch.tensor([0, 7, 3]), torch.tensor([-1])], ids=str)
+@pytest.mark.parametrize(("shape", "policy"), CASES, ids=case_name)
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 7, 3])], ids=["1", "3", "tensor"])
 def test_kept_positions_are_those_of_the_whole(
     load: Load, shape: str, keep: int | torch.Tensor, policy: dict[str, Any]
 ) -> None:
@@ -221,7 +227,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(load: Load, oracle: Callabl
     assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), abs=1e-4)
 
 
-def test_loss_counts_no_padding(load: Load, oracle: Callable) -> None:
+def test_loss_counts_no_padding(load: Load, oracle: Callable, padded: Callable) -> None:
     ids, mask = padded(ROWS, "right")
     logprobs = [oracle("mixed")(row)[0].log_softmax(-1) for row in ROWS]
     terms = [-p[t - 1, row[t]] for row, p in zip(ROWS, logprobs, strict=True) for t in range(1, len(row))]
@@ -420,10 +426,9 @@ def test_import_is_light() -> None:
     script = (
         "import sys, fusionroute, fusionroute.errors\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(', '.join(sorted(heavy)))"
+        "print(*sorted(heavy))"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_every_public_name_can_be_had() -> None:

@@ -101,9 +101,7 @@ def test_half_written_head_is_refused(head: RouteHead, tmp_path: Path, left: int
         RouteHead.load(tmp_path, NAMES, 8, CPU)
 
 
-def test_other_order_of_experts_is_refused_with_both_orders(
-    head: RouteHead, tmp_path: Path, refuses: Callable
-) -> None:
+def test_other_order_of_experts_is_refused_with_both_orders(head: RouteHead, tmp_path: Path, refuses: Callable) -> None:
     head.save(tmp_path)
     with refuses(FusionRouteError, "math, general, code", "code, general, math"):
         RouteHead.load(tmp_path, NAMES[::-1], 8, CPU)
@@ -191,7 +189,9 @@ def adapted(tmp_path: Path) -> Member:
 def written(member: Member, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir()
     assert member.adapter_folder is not None
-    (folder / "adapter_model.safetensors").write_bytes((member.adapter_folder / "adapter_model.safetensors").read_bytes())
+    (folder / "adapter_model.safetensors").write_bytes(
+        (member.adapter_folder / "adapter_model.safetensors").read_bytes()
+    )
     save_router_adapter(member, folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fusionroute import sources, vocabulary
 from fusionroute.card import short_digest, short_source
 from fusionroute.errors import FusionRouteError, UsageError
 
@@ -114,13 +115,17 @@ def errors(report: dict[str, Any]) -> list[str]:
     return [f"{name}: {part['error']}" for name, part in parts if "error" in part]
 
 
+def has_errors(report: dict[str, Any]) -> bool:
+    """Whether the collection can be expected not to load."""
+    return bool(errors(report))
+
+
 # ---- members
 
 
 def _inspect_member(
     spec: "MemberSpec", index: int | None, collection: Path, base: str | None, template: str | None
 ) -> _Found:
-    from fusionroute import sources
     from fusionroute.members import resolve_member
 
     entry = {"index": index, **asdict(spec), **dict.fromkeys(_FROM_FILES), "shares_base_with": []}
@@ -150,8 +155,6 @@ def _read_weights(member: _Found, folder: Path, adapter: Path | None) -> None:
     """Fill in what the model's config and the files' headers say."""
     from transformers import AutoConfig, DynamicCache
     from transformers.cache_utils import DynamicLayer
-
-    from fusionroute import sources
 
     entry = member.entry
     tensors = sources._read_tensors(folder).values()
@@ -214,9 +217,7 @@ def _mark_shared(found: list[_Found]) -> None:
 
 
 def _template(folder: Path) -> str | None:
-    from fusionroute.vocabulary import template_of
-
-    template = template_of(folder)
+    template = vocabulary.template_of(folder)
     return None if template is None else template.strip()
 
 
@@ -231,13 +232,12 @@ def _inspect_head(folder: Path, config: "FusionRouteConfig") -> tuple[dict[str, 
 
     head: dict[str, Any] = {"trained": config.head_trained, "experts": config.expert_names}
     warnings = []
-    says = {True: "trained", False: "untrained"}
     try:
         loaded = RouteHead.load(folder / ROUTER, config.expert_names, config.hidden_size, torch.device("cpu"))
         head["trained"] = loaded.trained
         if loaded.trained != config.head_trained:
             warnings.append(
-                f"config.json calls the route head {says[config.head_trained]}, its file {says[loaded.trained]}: "
+                f"config.json says head_trained {config.head_trained}, the route head's file says {loaded.trained}: "
                 "make the collection again from the head that is meant"
             )
     except FusionRouteError as error:

@@ -97,12 +97,12 @@ def make_head() -> Callable[..., RouteHead]:
     return make
 
 
-@pytest.fixture
-def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+@pytest.fixture(scope="session")
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
     """Run Python source in a process of its own, which may kill itself and its children."""
 
     def run(source: str, *arguments: object) -> subprocess.CompletedProcess:
-        path = tmp_path / "script.py"
+        path = tmp_path_factory.mktemp("script") / "script.py"
         path.write_text(source, encoding="utf-8")
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(path), *map(str, arguments)]

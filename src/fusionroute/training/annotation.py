@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionroute import sources
+from fusionroute import fusion, sources
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import staged_file, write_json
 from fusionroute.members import Member
+from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens, digest_sequences
 from fusionroute.training.logprobs import Head, hidden_states, score_labels
 
@@ -27,7 +28,9 @@ SHARD = 256  # sequences in a file: some seconds to minutes of work
 BATCH_TOKENS = 2048  # padded tokens in a forward
 
 
-def annotation_key(member: Member, sequences: Sequence[Tokens], vocab_size: int) -> dict[str, Any]:
+def annotation_key(
+    member: Member, sequences: Sequence[Tokens], vocab_size: int, route_head: RouteHead | None = None
+) -> dict[str, Any]:
     """All that the annotations of `sequences` by `member` depend on."""
     assert member.folder is not None
     return {
@@ -37,6 +40,9 @@ def annotation_key(member: Member, sequences: Sequence[Tokens], vocab_size: int)
         "dtype": str(member.model.dtype).removeprefix("torch."),
         "attention": member.config._attn_implementation,
         "vocab_size": vocab_size,
+        "route_head": None
+        if route_head is None
+        else hashlib.sha256(route_head.weight.numpy(force=True).tobytes()).hexdigest(),
     }
 
 
@@ -67,26 +73,47 @@ def pad_batch(sequences: Sequence[Tokens], device: Any) -> tuple[dict[str, Tenso
 
 
 @torch.no_grad()
-def annotate_batch(member: Member, head: Head, sequences: Sequence[Tokens]) -> list[dict[str, Tensor]]:
-    """Columns of each sequence: `logprobs [L]` float32 and `greedy [L]` int32 for its L completion tokens."""
+def annotate_batch(
+    member: Member, head: Head, sequences: Sequence[Tokens], route_head: RouteHead | None = None
+) -> list[dict[str, Tensor]]:
+    """Columns of each sequence: `logprobs [L]` float32 and `greedy [L]` int32 for its L completion tokens.
+
+    With a route head also `routes [L]` int32: the expert that this router picks for each of them.
+    """
     inputs, positions, labels = pad_batch(sequences, member.model.device)
     member.activate()
     hidden = hidden_states(member.model, **inputs).flatten(0, 1)[positions]
     scores = score_labels(hidden, head, labels)
+    columns = {"logprobs": scores.logprobs, "greedy": scores.greedy.int()}
+    if route_head is not None:
+        columns["routes"] = fusion.route(route_head(hidden)).int()
+    return _by_sequence({name: values.cpu() for name, values in columns.items()}, sequences)
+
+
+def _by_sequence(columns: dict[str, Tensor], sequences: Sequence[Tokens]) -> list[dict[str, Tensor]]:
+    """Cut flat columns where sequences end."""
     lengths = [len(s.completion) for s in sequences]
-    logprobs, greedy = scores.logprobs.cpu().split(lengths), scores.greedy.int().cpu().split(lengths)
-    return [{"logprobs": lp, "greedy": g} for lp, g in zip(logprobs, greedy, strict=True)]
+    parts = {name: values.split(lengths) for name, values in columns.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(lengths))]
 
 
 def annotate(
-    member: Member, sequences: Sequence[Tokens], folder: Path, vocab_size: int, *, title: str | None = None
+    member: Member,
+    sequences: Sequence[Tokens],
+    folder: Path,
+    vocab_size: int,
+    *,
+    route_head: RouteHead | None = None,
+    title: str | None = None,
 ) -> Path:
     """Annotate `sequences` into a sub-folder of `folder` and return it; shards that are there are kept.
+
+    With `route_head` the routes are written too, which makes it the reference annotation of phase 2.
 
     Raises:
         FusionRouteError: a label lies outside the member's vocabulary, or the disk is full.
     """
-    key = annotation_key(member, sequences, vocab_size)
+    key = annotation_key(member, sequences, vocab_size, route_head)
     target = folder / f"{member.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
     largest = max((max(s.ids) for s in sequences), default=0)
     if largest >= vocab_size:
@@ -108,7 +135,8 @@ def annotate(
     for number, shard in missing:
         columns: dict[int, dict[str, Tensor]] = {}
         for batch in batches(sequences, shard):
-            columns |= dict(zip(batch, annotate_batch(member, head, [sequences[i] for i in batch]), strict=True))
+            done = annotate_batch(member, head, [sequences[i] for i in batch], route_head)
+            columns |= dict(zip(batch, done, strict=True))
             meter.advance(sum(len(sequences[i].ids) for i in batch))
         _write_shard(_shard(target, number), [columns[i] for i in shard])
     meter.close()
@@ -122,7 +150,7 @@ def _shard(folder: Path, number: int) -> Path:
 def _write_shard(path: Path, columns: Sequence[dict[str, Tensor]]) -> None:
     from safetensors.torch import save_file
 
-    tensors = {name: torch.cat([c[name] for c in columns]) for name in ("logprobs", "greedy")}
+    tensors = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
     if not torch.isfinite(tensors["logprobs"]).all():
         raise FusionRouteError(f"{path.parent.name}: a label log-probability is not finite; try dtype float32")
     with staged_file(path) as scratch:
@@ -139,25 +167,22 @@ def read_columns(folder: Path, sequences: Sequence[Tokens]) -> list[dict[str, Te
     from safetensors.torch import load_file
 
     lengths = [len(s.completion) for s in sequences]
-    parts: dict[str, list[Tensor]] = {"logprobs": [], "greedy": []}
+    shards: list[dict[str, Tensor]] = []
     for number in range((len(sequences) + SHARD - 1) // SHARD):
         path = _shard(folder, number)
         try:
-            tensors = load_file(path)
+            shards.append(load_file(path))
         except FileNotFoundError:
             raise FusionRouteError(
                 f"{path} is missing: run `fusionroute annotate` again, it goes on from there"
             ) from None
         except SafetensorError as error:
             raise FusionRouteError(f"{path} is not whole ({error}): remove it and annotate again") from None
-        for name, values in parts.items():
-            values.append(tensors[name])
-    logprobs, greedy = torch.cat(parts["logprobs"]), torch.cat(parts["greedy"])
-    if len(logprobs) != sum(lengths):
-        raise FusionRouteError(
-            f"{folder} annotates {len(logprobs)} tokens, the data has {sum(lengths)}: annotate again"
-        )
-    return [{"logprobs": lp, "greedy": g} for lp, g in zip(logprobs.split(lengths), greedy.split(lengths), strict=True)]
+    columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    found = len(columns["logprobs"])
+    if found != sum(lengths):
+        raise FusionRouteError(f"{folder} annotates {found} tokens, the data has {sum(lengths)}: annotate again")
+    return _by_sequence(columns, sequences)
 
 
 def sequences_of(items: Sequence[Item]) -> list[Tokens]:
@@ -166,7 +191,7 @@ def sequences_of(items: Sequence[Item]) -> list[Tokens]:
 
 
 def with_annotations(items: Sequence[Item], experts: Sequence[Path], reference: Path | None = None) -> list[Item]:
-    """Items with the experts' columns (folders in route order) and, for pairs, the reference's."""
+    """Items with the experts' columns (folders in route order) and, for phase 2, those of the router after phase 1."""
     sequences = sequences_of(items)
     columns = [read_columns(folder, sequences) for folder in experts]
     references = None if reference is None else read_columns(reference, sequences)
@@ -176,7 +201,7 @@ def with_annotations(items: Sequence[Item], experts: Sequence[Path], reference: 
         for index in range(at, at + len(item.sequences)):
             side = {name: torch.stack([c[index][name] for c in columns], dim=-1) for name in ("logprobs", "greedy")}
             if references is not None:
-                side["reference"] = references[index]["logprobs"]
+                side |= {"reference": references[index]["logprobs"], "routes": references[index]["routes"]}
             sides.append(side)
         at += len(item.sequences)
         annotated.append(Item(item.sequences, item.domain, tuple(sides)))

@@ -34,7 +34,8 @@ class Item:
 
     Attributes:
         annotations: per sequence, the experts' columns: `logprobs [L, n]` and `greedy [L, n]` for its L completion
-            tokens; `reference [L]`, π_ref's label log-probabilities, for pairs.
+            tokens; in phase 2 `reference [L]` and `routes [L]`, label log-probabilities and routes of the
+            router after phase 1.
     """
 
     sequences: tuple[Tokens, ...]
@@ -175,7 +176,7 @@ class Collator:
         positions `[N]`   index into the flat `[R·T]` hidden states of what predicts the label
         labels `[N]`, sequence `[N]` (0 … R−1)
         sft_rows `[1]`, sft_positions `[1]`   how many of R and of N belong to SFT items; they come first
-        logprobs `[N, n]`, greedy `[N, n]`, reference `[N]`, domain `[N]` (index into `domains`)
+        logprobs `[N, n]`, greedy `[N, n]`, reference `[N]`, routes `[N]`, domain `[N]` (index into `domains`)
     """
 
     domains: tuple[str, ...]
@@ -188,7 +189,7 @@ class Collator:
         ids = torch.full((len(sequences), width), self.pad)
         mask = torch.zeros_like(ids)
         columns: dict[str, list[Tensor]] = {
-            k: [] for k in ("positions", "labels", "sequence", "domain", "logprobs", "greedy", "reference")
+            k: [] for k in ("positions", "labels", "sequence", "domain", "logprobs", "greedy", "reference", "routes")
         }
         for row, (tokens, item, side) in enumerate(sequences):
             ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
@@ -202,6 +203,7 @@ class Collator:
             columns["logprobs"].append(annotation["logprobs"])
             columns["greedy"].append(annotation["greedy"].long())
             columns["reference"].append(annotation.get("reference", torch.zeros(count)))
+            columns["routes"].append(annotation.get("routes", torch.zeros(count)).long())
         batch = {key: torch.cat(values) for key, values in columns.items()}
         sft = [s for s, item, _ in sequences if not item.is_pair]
         batch |= {"input_ids": ids, "attention_mask": mask}

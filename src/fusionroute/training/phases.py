@@ -33,14 +33,21 @@ def annotate_members(
     out: Path,
     options: LoadOptions,
 ) -> list[Path]:
-    """Annotate `items` with the members `names`, one in memory at a time; returns their folders in that order."""
+    """Annotate `items` with the members `names`, one in memory at a time; returns their folders in that order.
+
+    The router writes its routes beside its log-probabilities.
+    """
     sequences = sequences_of(items)
     specs = {spec.name: spec for spec in config.member_specs}
     folders = []
     for name in names:
         with quiet():
             (member,) = load_members([specs[name]], collection, options)
-        folders.append(annotate(member, sequences, out, config.vocab_size))
+        head = None
+        if name == ROUTER:
+            device = member.model.device
+            head = RouteHead.load(collection / ROUTER, config.expert_names, head_width(member.model), device)
+        folders.append(annotate(member, sequences, out, config.vocab_size, route_head=head))
         del member
         gc.collect()
     return folders

@@ -76,7 +76,6 @@ class RouterForTraining(nn.Module):
         lm: the language model; with a PeftModel only the adapter trains.
         route_head: W.
         vocab_size: logits are cropped to the common vocabulary, as at inference.
-        frozen_head: the head after phase 1, for `routing="frozen"`.
     """
 
     main_input_name = "input_ids"
@@ -167,8 +166,7 @@ class RouterTrainer(Trainer):
     Args:
         model: the router.
         args: the arguments of both phases.
-        items, eval_items: annotated items; pairs need the reference's column too.
-        frozen_routes: for `routing="frozen"`, a head that routes pairs (the one after phase 1).
+        items, eval_items: annotated items; pairs need the columns of the router after phase 1 too.
     """
 
     def __init__(
@@ -188,10 +186,6 @@ class RouterTrainer(Trainer):
         self.experts = model.route_head.experts
         self.meter = Tally()
         model.route_head.trained = True
-        self.frozen_head = None
-        if args.routing == "frozen":
-            self.frozen_head = RouteHead(model.route_head.in_features, self.experts, model.route_head.weight.device)
-            self.frozen_head.weight.data.copy_(model.route_head.weight.data)
         super().__init__(
             model=model,
             args=args,
@@ -281,7 +275,7 @@ class RouterTrainer(Trainer):
         assert isinstance(args, RouterArguments)
         first = int(inputs["sft_rows"])
         segments = losses.Segments(inputs["sequence"][sft:] - first, inputs["input_ids"].shape[0] - first)
-        routes = inputs["routes"][sft:] if "routes" in inputs else fusion.route(scored.scores[sft:])
+        routes = inputs["routes"][sft:] if args.routing == "frozen" else fusion.route(scored.scores[sft:])
         bias = losses.expert_bias(
             losses.routed_logprobs(inputs["logprobs"][sft:], routes),
             segments,

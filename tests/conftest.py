@@ -242,7 +242,7 @@ def oracle_of() -> type[Oracle]:
 
 @pytest.fixture(scope="session")
 def refuses() -> "Callable[..., contextlib.AbstractContextManager[None]]":
-    """`with refuses(UsageError, "math", "code"):` an error of exactly this class, of one line that holds these words."""
+    """`with refuses(UsageError, "math"):` an error of exactly this class, of one line that holds these words."""
 
     @contextlib.contextmanager
     def check(kind: type[Exception], *words: object) -> Iterator[None]:

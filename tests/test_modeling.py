@@ -212,10 +212,11 @@ def test_kept_positions_are_those_of_the_whole(
     with torch.no_grad():
         whole, kept = load(shape)(ids, **policy), load(shape)(ids, logits_to_keep=keep, **policy)
     for name in ("logits", "routes", "scores", "router_logits", "expert_logits"):
-        if whole[name] is None:
-            assert kept[name] is None
+        expected, got = getattr(whole, name), getattr(kept, name)
+        if expected is None:
+            assert got is None
         else:
-            assert torch.allclose(kept[name], whole[name][:, index], atol=1e-5), name
+            assert torch.allclose(got, expected[:, index], atol=1e-5), name
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(load: Load, oracle: Callable, shape: str) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute import sources, vocabulary
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
-from fusionroute.files import read_json, staged_folder
+from fusionroute.files import read_json, staged_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -72,9 +72,10 @@ def read_config(folder: Path) -> FusionRouteConfig:
         FusionRouteError: `config.json` is half-written or another kind of model's.
     """
     data = read_json(folder / "config.json")
-    if data.get("model_type") != FusionRouteConfig.model_type:
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != FusionRouteConfig.model_type:
         raise FusionRouteError(
-            f"{folder / 'config.json'} has model_type {data.get('model_type')!r}, not 'fusionroute': "
+            f"{folder / 'config.json'} has model_type {kind!r}, not 'fusionroute': "
             "make a collection of it with `fusionroute init`"
         )
     return FusionRouteConfig.from_dict(data)
@@ -111,12 +112,10 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping
 
 def tokenizer_folders(config: FusionRouteConfig, folder: Path, base: str | None = None) -> dict[str, Path]:
     """Member name to a folder with its tokenizer files; an adapter uses its base's. No weight is loaded."""
-    folders: dict[str, Path] = {}
-    for spec in config.member_specs:
-        source = base if base is not None and spec.adapter is not None else spec.source
-        revision = None if source is base else spec.revision
-        folders[spec.name] = sources.resolve(source, revision=revision, relative_to=folder, what="tokenizer")
-    return folders
+    return {
+        spec.name: sources.resolve(spec.source, revision=spec.revision, relative_to=folder, what="tokenizer")
+        for spec in config.specs_on(base)
+    }
 
 
 def check_vocabulary_of(
@@ -127,7 +126,7 @@ def check_vocabulary_of(
     Raises:
         FusionRouteError: two of them map one string to different ids, or share fewer ids than `config.vocab_size`.
     """
-    report = vocabulary.check_vocabularies({"collection": folder, **tokenizer_folders(config, folder, base)})
+    report = vocabulary.check_vocabularies({"the collection": folder, **tokenizer_folders(config, folder, base)})
     if report.common < config.vocab_size:
         raise FusionRouteError(
             f"{folder}: the members share {report.common} ids but the collection was made with {config.vocab_size}: "
@@ -180,7 +179,7 @@ def assemble(
         for spec in specs:
             folder = sources.resolve(spec.source, revision=spec.revision, relative_to=relative_to)
             sources.check_model_folder(folder)
-            configs[spec.name] = AutoConfig.from_pretrained(folder)
+            configs[spec.name] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             ends += _end_ids(folder, configs[spec.name])
             spec = replace(
                 spec, digest=sources.weights_digest(folder), license=spec.license or sources.license_of(folder)
@@ -191,12 +190,12 @@ def assemble(
                 )
                 _check_base_of(spec, adapter)
                 spec = replace(spec, adapter_digest=sources.weights_digest(adapter))
-                _copy_adapter(adapter, scratch / spec.module)
+                _copy_adapter(adapter, scratch / spec.module, spec)
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
             if spec.adapter is None and spec.name in embed:
                 _copy_model(folder, scratch / spec.module)
                 spec = replace(spec, source=f"./{spec.module}", revision=None)
-            elif _is_local(spec.source):
+            elif _is_local(spec.source, relative_to):
                 # A reference to this machine, whatever folder the collection is later read from.
                 spec = replace(spec, source=str(folder.resolve()))
             kept.append(spec)
@@ -269,8 +268,8 @@ def _check_base_of(spec: MemberSpec, adapter: Path) -> None:
         )
 
 
-def _is_local(source: str) -> bool:
-    return sources.Source.parse(source).kind == "local"
+def _is_local(source: str, relative_to: Path | None = None) -> bool:
+    return sources.Source.parse(source, relative_to=relative_to).kind == "local"
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
@@ -279,11 +278,15 @@ def _copy_tokenizer(folder: Path, out: Path) -> None:
             shutil.copyfile(folder / name, out / name)
 
 
-def _copy_adapter(folder: Path, out: Path) -> None:
+def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:
     out.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
+    for name in ("adapter_model.safetensors", "provenance.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    # PEFT wrote the path it trained from, which means nothing elsewhere; a Hub id lets PEFT load it on its own.
+    config = read_json(folder / "adapter_config.json")
+    hub = sources.Source.parse(spec.source).kind == "hub"
+    write_json(out / "adapter_config.json", config | {"base_model_name_or_path": spec.source if hub else None})
 
 
 def _copy_model(folder: Path, out: Path) -> None:
@@ -323,7 +326,7 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
             embedded = embed or spec.source.startswith("./")
             if spec.adapter is not None:
                 assert member.adapter_folder is not None
-                _copy_adapter(member.adapter_folder, folder)
+                _copy_adapter(member.adapter_folder, folder, spec)
                 if spec.is_router:
                     save_router_adapter(member, folder)
                     spec = replace(spec, adapter_digest=sources.weights_digest(folder))

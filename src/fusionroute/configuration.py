@@ -5,7 +5,8 @@ route head's rows, and JSON objects come back sorted. Knows no weights; loads no
 """
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -124,6 +125,26 @@ class FusionRouteConfig(PreTrainedConfig):
     @property
     def expert_names(self) -> list[str]:
         return [spec.name for spec in self.expert_specs]
+
+    def specs_on(self, base: str | None) -> list[MemberSpec]:
+        """`member_specs` with `base` in place of every source that adapters stand on; None changes nothing.
+
+        Raises:
+            UsageError: no member is an adapter.
+        """
+        specs = self.member_specs
+        if base is None:
+            return specs
+        # An expert may be the bare base that others adapt, and moves with them.
+        adapted = {(spec.source, spec.revision) for spec in specs if spec.adapter is not None}
+        if not adapted:
+            raise UsageError("--base replaces the base of adapters, but this collection has none")
+        local = Path(base).expanduser()
+        source = str(local.resolve()) if local.exists() else base
+        return [
+            replace(spec, source=source, revision=None) if (spec.source, spec.revision) in adapted else spec
+            for spec in specs
+        ]
 
     def set_members(self, router: MemberSpec, experts: list[MemberSpec]) -> None:
         self.router = asdict(router)

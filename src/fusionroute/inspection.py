@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fusionroute import sources, vocabulary
 from fusionroute.card import short_digest, short_source
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import FusionRouteError
 
 if TYPE_CHECKING:
     from fusionroute.configuration import FusionRouteConfig, MemberSpec
@@ -76,18 +76,14 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
     from fusionroute import collection
 
     config = collection.read_config(folder)
-    specs = config.member_specs
-    adapted = {(spec.source, spec.revision) for spec in specs if spec.adapter is not None}
-    if base is not None and not adapted:
-        raise UsageError("--base replaces the base of adapters, but this collection has none")
+    specs = config.specs_on(base)
     try:
         template = _template(folder)
     except FusionRouteError:
         template = None  # the vocabulary's entry says why
     found = []
     for number, spec in enumerate(specs):
-        other = base if (spec.source, spec.revision) in adapted else None
-        found.append(_inspect_member(spec, None if spec.is_router else number - 1, folder, other, template))
+        found.append(_inspect_member(spec, None if spec.is_router else number - 1, folder, base is not None, template))
     _mark_shared(found)
     head, warnings = _inspect_head(folder, config)
     words = _inspect_vocabulary(folder, config, base, [member.entry for member in found])
@@ -116,7 +112,7 @@ def errors(report: dict[str, Any]) -> list[str]:
 
 
 def has_errors(report: dict[str, Any]) -> bool:
-    """Whether the collection can be expected not to load."""
+    """Whether anything in `report` is an error; a warning is none."""
     return bool(errors(report))
 
 
@@ -124,23 +120,21 @@ def has_errors(report: dict[str, Any]) -> bool:
 
 
 def _inspect_member(
-    spec: "MemberSpec", index: int | None, collection: Path, base: str | None, template: str | None
+    spec: "MemberSpec", index: int | None, collection: Path, other_base: bool, template: str | None
 ) -> _Found:
     from fusionroute.members import resolve_member
 
     entry = {"index": index, **asdict(spec), **dict.fromkeys(_FROM_FILES), "shares_base_with": []}
-    if base is not None:
-        entry |= {"source": base, "revision": None}
     member = _Found(entry)
     try:
-        member.folder, adapter = resolve_member(spec, collection, base)
+        member.folder, adapter = resolve_member(spec, collection)
     except FusionRouteError as error:
         entry["error"] = str(error)
         return member
     try:
         _read_weights(member, member.folder, adapter)
         found = sources.weights_digest(member.folder)
-        entry["digest_matches"] = _compare(member, "model", spec.digest, found, base is not None)
+        entry["digest_matches"] = _compare(member, "model", spec.digest, found, other_base)
         if adapter is not None:
             found = sources.weights_digest(adapter)
             entry["adapter_digest_matches"] = _compare(member, "adapter", spec.adapter_digest, found)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusionroute import sources
 from fusionroute.configuration import MemberSpec
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ class LoadOptions:
         dtype: of the weights; None takes what the files hold.
         device: where to put them.
         attn_implementation: as in transformers; a member that lacks it runs eager (Gemma-2 has no sdpa).
-        base: replaces the source of every adapter (a local copy of the base, a Hub copy of a GGUF).
+        other_base: the user named another base, so weights with another digest are a warning, not an error.
         trust_remote_code: passed to transformers; off.
     """
 
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None
     attn_implementation: str | None = None
-    base: str | None = None
+    other_base: bool = False
     trust_remote_code: bool = False
 
 
@@ -211,12 +211,9 @@ def attach_adapter(model: "PreTrainedModel", peft: "PeftModel | None", folder: P
     return peft
 
 
-def resolve_member(spec: MemberSpec, collection: Path | None, base: str | None = None) -> tuple[Path, Path | None]:
-    """Folders of the member's weights and, if it has one, of its adapter. `base` replaces its source."""
-    if base is None:
-        folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
-    else:
-        folder = sources.resolve(base)
+def resolve_member(spec: MemberSpec, collection: Path | None) -> tuple[Path, Path | None]:
+    """Folders of the member's weights and, if it has one, of its adapter."""
+    folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
     if spec.adapter is None:
         return folder, None
     adapter = sources.resolve(spec.adapter, revision=spec.adapter_revision, relative_to=collection, what="adapter")
@@ -229,11 +226,9 @@ def load_members(specs: Sequence[MemberSpec], collection: Path | None, options: 
     Raises:
         FusionRouteError: a source cannot be had, a digest differs, weights or adapters do not fit.
     """
-    if options.base is not None and not any(spec.adapter for spec in specs):
-        raise UsageError("--base replaces the base of adapters, but this collection has none")
-    places = [resolve_member(spec, collection, _base_for(spec, specs, options.base)) for spec in specs]
+    places = [resolve_member(spec, collection) for spec in specs]
     for spec, (folder, adapter) in zip(specs, places, strict=True):
-        check_digest(spec, folder, override=options.base is not None)
+        check_digest(spec, folder, override=options.other_base)
         if adapter is not None:
             check_adapter_digest(spec, adapter)
     models: dict[Path, PreTrainedModel] = {}
@@ -254,9 +249,3 @@ def load_members(specs: Sequence[MemberSpec], collection: Path | None, options: 
         )
         for spec, (folder, adapter) in zip(specs, places, strict=True)
     ]
-
-
-def _base_for(spec: MemberSpec, specs: Sequence[MemberSpec], base: str | None) -> str | None:
-    """`base`, if `spec` stands on a source that some adapter stands on (an expert may be the bare base itself)."""
-    adapted = {(s.source, s.revision) for s in specs if s.adapter is not None}
-    return base if (spec.source, spec.revision) in adapted else None

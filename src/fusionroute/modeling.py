@@ -273,8 +273,8 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         folder = collection.locate(pretrained_model_name_or_path, revision=revision)
         config = config or collection.read_config(folder)
         collection.check_vocabulary_of(config, folder, base)
-        options = LoadOptions(parse_dtype(dtype), device, attn_implementation, base, trust_remote_code)
-        members = load_members(config.member_specs, folder, options)
+        options = LoadOptions(parse_dtype(dtype), device, attn_implementation, base is not None, trust_remote_code)
+        members = load_members(config.specs_on(base), folder, options)
         router = members[0]
         head = RouteHead.load(
             folder / ROUTER, config.expert_names, head_width(router.model), next(router.parameters()).device

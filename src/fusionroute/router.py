@@ -104,16 +104,19 @@ def head_width(model: Any) -> int:
 
 
 def save_router_adapter(member: Member, folder: Path) -> None:
-    """Write the router's adapter as it is in memory over the copy in `folder`, in the file's dtype."""
+    """Write the router's adapter as it is in memory over the copy in `folder`, unless it is what the copy holds.
+
+    Loading may have rounded it to the base's dtype, so an untouched adapter keeps its file.
+    """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     assert member.peft is not None
     assert member.adapter is not None
     path = folder / "adapter_model.safetensors"
-    with safe_open(path, "pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
     state = get_peft_model_state_dict(member.peft, adapter_name=member.adapter, save_embedding_layers=False)
-    with staged_file(path) as scratch:
-        save_file({name: t.to(dtype).cpu().contiguous() for name, t in state.items()}, scratch, {"format": "pt"})
+    state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    stored = load_file(path)
+    if any(not torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in state.items()):
+        with staged_file(path) as scratch:
+            save_file(state, scratch, {"format": "pt"})

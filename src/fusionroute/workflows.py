@@ -17,7 +17,7 @@ def _open(name: str | None, recipe: Path, data: Path | None, dtype: str | None, 
 
     folder = collections.locate(name)
     run = Run(load_recipe(recipe), Path(), data)
-    return folder, run, LoadOptions(dtype=parse_dtype(dtype or run.recipe.dtype), base=base)
+    return folder, run, LoadOptions(dtype=parse_dtype(dtype or run.recipe.dtype), other_base=base is not None)
 
 
 def _section(run: Run, phase: str) -> PhaseSection:
@@ -47,7 +47,7 @@ def annotate(
     for member in names:
         if member != ROUTER:
             config.expert_index(member)
-    return annotate_members(config, folder, names, items, out, options)
+    return annotate_members(config, folder, names, items, out, options, base)
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
     # Checkpoints of other settings or rows must not be gone on from.
     settings = [phase, config.to_json_string(), digest_sequences(sequences_of(items)), section.training, str(dtype)]
     run_folder = work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    common: dict[str, Any] = {"arguments": section.training, "run": run_folder, "options": options}
+    common: dict[str, Any] = {"arguments": section.training, "run": run_folder, "options": options, "base": base}
     if phase == "sft":
         common["lora"] = run.recipe.router.lora
     function = phases.sft if phase == "sft" else phases.cdpo

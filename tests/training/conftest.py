@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +69,7 @@ def make_items() -> Callable[..., list[Item]]:
                 # Two greedy ids, so that about a quarter of the positions is not informative.
                 "greedy": torch.randint(5, 7, (length, n), generator=generator, dtype=torch.int32),
                 "reference": -4 * torch.rand(length, generator=generator),
+                "routes": torch.randint(n, (length,), generator=generator, dtype=torch.int32),
             }
             return Tokens(tuple(ids.tolist()), prompt), columns
 
@@ -77,7 +77,7 @@ def make_items() -> Callable[..., list[Item]]:
         for kind in range(sft + pairs):
             sides = [side() for _ in range(1 if kind < sft else 2)]
             if kind < sft:
-                sides[0][1].pop("reference")
+                del sides[0][1]["reference"], sides[0][1]["routes"]
             domain = ("gsm", "mbpp")[integer(0, 1)] if kind < sft else "chat"
             items.append(Item(tuple(s for s, _ in sides), domain, tuple(c for _, c in sides)))
         return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]

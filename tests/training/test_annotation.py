@@ -17,6 +17,7 @@ from fusionroute.collection import read_config
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, Member, load_members
+from fusionroute.router import RouteHead
 from fusionroute.training import annotation
 from fusionroute.training.annotation import annotate, batches, read_columns, sequences_of, with_annotations
 from fusionroute.training.data import Item, Tokens
@@ -29,7 +30,9 @@ def random_sequences(count: int, *, vocab: int = 320, seed: int = 0, longest: in
     sequences = []
     for _ in range(count):
         prompt, length = (torch.randint(1, longest, (2,), generator=generator)).tolist()
-        sequences.append(Tokens(tuple(torch.randint(0, vocab, (prompt + length,), generator=generator).tolist()), prompt))
+        sequences.append(
+            Tokens(tuple(torch.randint(0, vocab, (prompt + length,), generator=generator).tolist()), prompt)
+        )
     return sequences
 
 
@@ -112,7 +115,9 @@ def test_dropout_of_an_adapter_is_off(model_folder: Path, tmp_path: Path) -> Non
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False
+    )
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(tmp_path / "adapter")
     spec = MemberSpec("math", str(model_folder), adapter=str(tmp_path / "adapter"))
     (loaded,) = load_members([spec], None, FLOAT32)
@@ -262,7 +267,9 @@ def test_killed_annotation_goes_on(
 # ------------------------------------------------------------------------------------------ what is whose, errors
 
 
-def test_folder_depends_on_all_that_the_numbers_do(model_folder: Path, tmp_path: Path) -> None:
+def test_folder_depends_on_all_that_the_numbers_do(
+    model_folder: Path, make_head: Callable[..., RouteHead], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -281,10 +288,11 @@ def test_folder_depends_on_all_that_the_numbers_do(model_folder: Path, tmp_path:
         adapter: str | None = None,
         vocab: int = 320,
         options: LoadOptions = FLOAT32,
+        head: RouteHead | None = None,
     ) -> str:
         spec = MemberSpec("math", str(source), adapter=None if adapter is None else str(tmp_path / adapter))
         (loaded,) = load_members([spec], None, options)
-        return annotate(loaded, sequences, tmp_path / "out", vocab).name
+        return annotate(loaded, sequences, tmp_path / "out", vocab, route_head=head).name
 
     names = [
         folder(),
@@ -297,6 +305,8 @@ def test_folder_depends_on_all_that_the_numbers_do(model_folder: Path, tmp_path:
         folder(adapter="scaled"),
         folder(options=LoadOptions(dtype=torch.bfloat16)),
         folder(options=LoadOptions(dtype=torch.float32, attn_implementation="eager")),
+        folder(head=make_head(seed=1)),
+        folder(head=make_head(seed=2)),
         folder([Tokens(tuple(i % 300 for i in s.ids), s.start) for s in rows], vocab=300),
     ]
     assert len(set(names)) == len(names)
@@ -346,16 +356,16 @@ def test_a_member_that_computes_nan(member: Member, tmp_path: Path) -> None:
 
 
 def test_with_annotations_stacks_experts_in_route_order(
-    make_collection: Callable[[str], Path], tmp_path: Path
+    make_collection: Callable[[str], Path], make_head: Callable[..., RouteHead], tmp_path: Path
 ) -> None:
     folder = make_collection("mixed")
     config = read_config(folder)
     rows = random_sequences(6, vocab=config.vocab_size)
     items = [Item((rows[0],), "a"), Item((rows[1], rows[2]), "b"), Item((rows[3],), "a"), Item((rows[4], rows[5]), "b")]
-    folders = {
-        m.name: annotate(m, sequences_of(items), tmp_path, config.vocab_size)
-        for m in load_members(config.member_specs, folder, FLOAT32)
-    }
+    router, *experts = load_members(config.member_specs, folder, FLOAT32)
+    folders = {m.name: annotate(m, sequences_of(items), tmp_path, config.vocab_size) for m in experts}
+    head = make_head(router.config.hidden_size, tuple(config.expert_names))
+    folders["router"] = annotate(router, sequences_of(items), tmp_path, config.vocab_size, route_head=head)
     order = config.expert_names[::-1]
     annotated = with_annotations(items, [folders[name] for name in order], folders["router"])
     assert [(i.sequences, i.domain) for i in annotated] == [(i.sequences, i.domain) for i in items]
@@ -366,6 +376,13 @@ def test_with_annotations_stacks_experts_in_route_order(
             assert torch.equal(side["greedy"][:, index], column["greedy"])
     for side, column in zip(flat, read_columns(folders["router"], rows), strict=True):
         assert torch.equal(side["reference"], column["logprobs"])
+        assert torch.equal(side["routes"], column["routes"])
+    router.activate()
+    for row, side in zip(rows, flat, strict=True):
+        with torch.no_grad():
+            output = router.model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
+        scores = output.hidden_states[-1][0, row.start - 1 : -1] @ head.weight.T
+        assert side["routes"].tolist() == scores.argmax(-1).tolist()
 
 
 def test_shards_are_readable_by_others(member: Member, tmp_path: Path) -> None:

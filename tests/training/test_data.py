@@ -160,7 +160,9 @@ def test_digest_depends_on_ids_starts_and_boundaries() -> None:
 
 def naive(items: list[Item], domains: tuple[str, ...], pad: int) -> dict[str, Any]:
     """The batch written token by token."""
-    rows = [(s, i, k) for pairs in (False, True) for i in items if i.is_pair == pairs for k, s in enumerate(i.sequences)]
+    rows = [
+        (s, i, k) for pairs in (False, True) for i in items if i.is_pair == pairs for k, s in enumerate(i.sequences)
+    ]
     width = max(len(s.ids) for s, _, _ in rows)
     batch: dict[str, Any] = {
         "input_ids": [list(s.ids) + [pad] * (width - len(s.ids)) for s, _, _ in rows],
@@ -175,9 +177,8 @@ def naive(items: list[Item], domains: tuple[str, ...], pad: int) -> dict[str, An
     batch["domain"] = [domains.index(i.domain) for _, _, i, _, _ in flat]
     for name in ("logprobs", "greedy"):
         batch[name] = [i.annotations[k][name][t - s.start].tolist() for _, s, i, k, t in flat]
-    batch["reference"] = [
-        i.annotations[k]["reference"][t - s.start].item() if i.is_pair else 0.0 for _, s, i, k, t in flat
-    ]
+    for name in ("reference", "routes"):
+        batch[name] = [i.annotations[k][name][t - s.start].item() if i.is_pair else 0 for _, s, i, k, t in flat]
     return batch
 
 
@@ -212,10 +213,11 @@ def test_positions_predict_their_labels(make_items: Callable[..., list[Item]], s
     assert bool(batch["attention_mask"].flatten()[batch["positions"] + 1].all())
 
 
-def test_a_pair_without_its_reference_is_refused(make_items: Callable[..., list[Item]]) -> None:
-    # log π_θ − 0 in place of log π_θ − log π_ref would train on, silently wrong.
+@pytest.mark.parametrize("name", ["reference", "routes"])
+def test_a_pair_without_the_columns_of_phase_2_is_refused(make_items: Callable[..., list[Item]], name: str) -> None:
+    # Zeros in their place (log π_ref = 0, expert 0 everywhere) would train on, silently wrong.
     (item,) = make_items(0, 1)
-    bare = tuple({k: v for k, v in side.items() if k != "reference"} for side in item.annotations)
+    bare = tuple({k: v for k, v in side.items() if k != name} for side in item.annotations)
     with pytest.raises((FusionRouteError, KeyError)):
         Collator(("chat",), 0)([Item(item.sequences, item.domain, bare)])
 

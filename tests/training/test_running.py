@@ -106,9 +106,7 @@ def test_newest_by_number_not_by_name(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
-@pytest.mark.parametrize(
-    "state", [None, "", '{"global_step": 1', "{}"], ids=repr
-)
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 1', "{}"], ids=repr)
 def test_half_written_is_ignored_and_removed(tmp_path: Path, state: str | None) -> None:
     whole, half = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6, state)
     assert last_checkpoint(tmp_path) == whole

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from fusionroute.errors import FusionRouteError
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item
-from fusionroute.training.running import last_checkpoint, make_arguments
+from fusionroute.training.running import last_checkpoint, make_arguments, train_to_the_end
 from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
 
 VOCAB = 300  # fewer than the model has, so that cropping matters
@@ -27,16 +27,13 @@ Gradients = dict[str, torch.Tensor]
 
 
 def reference_terms(
-    model: RouterForTraining, items: Sequence[Item], *, route_loss: str, bias: str, beta: float, routes: Any = None
+    model: RouterForTraining, items: Sequence[Item], *, route_loss: str, bias: str, beta: float, routing: str
 ) -> dict[str, Any]:
-    """Every term of Eq. 2 and Eq. 3 from transformers' own logits and hidden states, unpadded.
-
-    `routes`, if given, has the routes of each pair's two sides by the item's identity.
-    """
+    """Every term of Eq. 2 and Eq. 3 from transformers' own logits and hidden states, unpadded."""
     terms: dict[str, Any] = {k: [] for k in ("lm", "route", "hard", "right", "informative", "pairs", "routes")}
     for item in items:
         sides = []
-        for number, (tokens, columns) in enumerate(zip(item.sequences, item.annotations, strict=True)):
+        for tokens, columns in zip(item.sequences, item.annotations, strict=True):
             output = model.lm(input_ids=torch.tensor([tokens.ids]), output_hidden_states=True, use_cache=False)
             logprobs = output.logits[0, :, :VOCAB].float().log_softmax(-1)
             hidden = output.hidden_states[-1][0].float()
@@ -45,7 +42,8 @@ def reference_terms(
                 at = t - tokens.start
                 own.append(logprobs[t - 1, tokens.ids[t]])
                 scores = model.route_head.weight @ hidden[t - 1]
-                chosen = int(scores.argmax()) if routes is None or not item.is_pair else int(routes[id(item)][number][at])
+                frozen = item.is_pair and routing == "frozen"
+                chosen = int(columns["routes"][at] if frozen else scores.argmax())
                 terms["routes"].append((item.domain, chosen))
                 labels = columns["logprobs"][at]
                 expert.append(float(labels[chosen]))
@@ -55,7 +53,11 @@ def reference_terms(
                 terms["informative"].append(len(set(columns["greedy"][at].tolist())) > 1)
                 if terms["informative"][-1]:
                     weights = torch.softmax(scores, 0)
-                    mixed = -(weights * labels).sum() if route_loss == "geometric" else -(weights * labels.exp()).sum().log()
+                    mixed = (
+                        -(weights * labels).sum()
+                        if route_loss == "geometric"
+                        else -(weights * labels.exp()).sum().log()
+                    )
                     terms["route"].append(mixed)
                     terms["hard"].append(-expert[-1])
                     terms["right"].append(float(chosen == int(labels.argmax())))
@@ -69,12 +71,14 @@ def reference_terms(
     return terms
 
 
-def reference_loss(
-    model: RouterForTraining, items: Sequence[Item], args: RouterArguments, routes: Any = None
-) -> torch.Tensor:
-    terms = reference_terms(
-        model, items, route_loss=args.route_loss, bias=args.bias, beta=args.beta, routes=routes
+def terms_of(model: RouterForTraining, items: Sequence[Item], args: RouterArguments) -> dict[str, Any]:
+    return reference_terms(
+        model, items, route_loss=args.route_loss, bias=args.bias, beta=args.beta, routing=args.routing
     )
+
+
+def reference_loss(model: RouterForTraining, items: Sequence[Item], args: RouterArguments) -> torch.Tensor:
+    terms = terms_of(model, items, args)
     loss = torch.zeros(())
     if terms["lm"]:
         loss = loss + args.sft_weight * sum(terms["lm"]) / len(terms["lm"])
@@ -100,7 +104,9 @@ class Watch(TrainerCallback):
         named = model.named_parameters()
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         self.heads.append(model.route_head.weight.detach().clone())
         self.states.append({k: v.clone() for k, v in optimizer.state.get(model.route_head.weight, {}).items()})
 
@@ -155,7 +161,9 @@ def gradients_of(model: RouterForTraining, loss: torch.Tensor) -> Gradients:
 def assert_same_gradients(got: Gradients, expected: Gradients) -> None:
     assert set(got) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 MODELS = [("llama", True), ("llama", False), ("qwen2", False), ("gemma2", True)]
@@ -214,42 +222,20 @@ def test_sft_without_an_informative_position(make_router: Any, make_trainer: Any
     assert all(bool(torch.isfinite(g).all()) for g in trainer.watch.gradients[0].values())
 
 
-def frozen_routes(model: RouterForTraining, data: Sequence[Item]) -> dict[int, list[list[int]]]:
-    """The routes of every pair by the head and the LM as they are now."""
-    found = {}
-    for item in (i for i in data if i.is_pair):
-        sides = []
-        for tokens in item.sequences:
-            with torch.no_grad():
-                output = model.lm(input_ids=torch.tensor([tokens.ids]), output_hidden_states=True)
-            scores = model.route_head(output.hidden_states[-1][0, tokens.start - 1 : -1])
-            sides.append(scores.argmax(-1).tolist())
-        found[id(item)] = sides
-    return found
-
-
 @pytest.mark.parametrize("moved", ["head", "lm"])
-def test_frozen_routing_keeps_the_routes_of_phase_1(make_router: Any, make_trainer: Any, items: Any, moved: str) -> None:
-    model, data, routes = make_router(), [], {}
-    for item in items(0, 4):
-        ((_, sides),) = frozen_routes(model, [item]).items()
-        # Beside the reference's log-probabilities, where an implementation may look for them.
-        columns = tuple(c | {"routes": torch.tensor(r)} for c, r in zip(item.annotations, sides, strict=True))
-        data.append(Item(item.sequences, item.domain, columns))
-        routes[id(data[-1])] = sides
+def test_frozen_routing_keeps_the_routes_of_phase_1(
+    make_router: Any, make_trainer: Any, items: Any, moved: str
+) -> None:
+    data, model = items(0, 4), make_router()
     trainer = make_trainer(model, data, routing="frozen")
+    start = [terms_of(model, data, trainer.args)["pairs"][i][2] for i in range(4)]
     # What steps with SFT items do in time, all at once.
     with torch.no_grad():
-        if moved == "head":
-            model.route_head.weight.neg_()
-        else:
-            for name, parameter in model.lm.named_parameters():
-                if "lora_B" in name:
-                    parameter.neg_()
-    assert frozen_routes(model, data) != routes
-    expected = reference_loss(model, data, trainer.args, routes)
+        for name, parameter in model.named_parameters():
+            if ("lora_B" if moved == "lm" else "route_head") in name:
+                parameter.neg_()
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.state.log_history[0]["cdpo_bias"] == pytest.approx(statistics.fmean(start), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- accumulation
@@ -346,7 +332,12 @@ def test_head_rate_applies_to_the_head_alone(make_router: Any, make_trainer: Any
 
 def test_head_rate_follows_the_schedule(make_router: Any, make_trainer: Any, items: Any) -> None:
     trainer = make_trainer(
-        make_router(), items(8, 0), learning_rate=0.01, route_head_learning_rate=0.5, lr_scheduler_type="linear", max_steps=4
+        make_router(),
+        items(8, 0),
+        learning_rate=0.01,
+        route_head_learning_rate=0.5,
+        lr_scheduler_type="linear",
+        max_steps=4,
     )
     trainer.train()
     assert [group["lr"] for group in trainer.optimizer.param_groups if group["params"]] == [0.0, 0.0]
@@ -434,7 +425,9 @@ def test_max_grad_norm(make_router: Any, make_trainer: Any, items: Any) -> None:
 
 
 @pytest.mark.parametrize("routing", ["current", "frozen"])
-def test_only_the_router_is_in_memory(make_router: Any, make_trainer: Any, make_items: Any, make_lm: Any, routing: str) -> None:
+def test_only_the_router_is_in_memory(
+    make_router: Any, make_trainer: Any, make_items: Any, make_lm: Any, routing: str
+) -> None:
     lm = make_lm(lora=True)
     own = sum(p.numel() for p in lm.parameters())
     for n in (2, 7):
@@ -449,7 +442,7 @@ def test_only_the_router_is_in_memory(make_router: Any, make_trainer: Any, make_
 
 
 def naive_figures(model: RouterForTraining, data: Sequence[Item], args: RouterArguments) -> dict[str, float]:
-    terms = reference_terms(model, data, route_loss=args.route_loss, bias=args.bias, beta=args.beta)
+    terms = terms_of(model, data, args)
     figures: dict[str, float] = {}
     if terms["lm"]:
         figures |= {
@@ -627,7 +620,30 @@ def test_a_checkpoint_without_some_weights_is_refused(make_router: Any, tmp_path
         model.load(tmp_path)
 
 
-RESUMED = '''
+def test_a_finished_run_is_trained_no_further(make_router: Any, make_trainer: Any, items: Any, tmp_path: Path) -> None:
+    data, run = items(4, 0), tmp_path / "run"
+    options = {"max_steps": 3, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2}
+    first, second = make_router(), make_router()
+    train_to_the_end(make_trainer(first, data, **options), run)
+    trainer = make_trainer(second, data, **options)
+    train_to_the_end(trainer, run)
+    assert trainer.state.global_step == 3
+    assert trainer.watch.gradients == []
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked(
+    make_router: Any, make_trainer: Any, items: Any, tmp_path: Path
+) -> None:
+    data, model = items(4, 0), make_router()
+    options = {"learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2}
+    train_to_the_end(make_trainer(make_router(), data, max_steps=2, **options), tmp_path / "run")
+    trainer = make_trainer(model, data, max_steps=5, **options)
+    train_to_the_end(trainer, tmp_path / "run")
+    assert trainer.state.global_step == 5
+
+
+RESUMED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
@@ -637,7 +653,7 @@ from transformers import Gemma2ForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM, 
 from fusionroute import tiny
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens
-from fusionroute.training.running import last_checkpoint, make_arguments
+from fusionroute.training.running import last_checkpoint, make_arguments, train_to_the_end
 from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
 
 top = Path(sys.argv[1])
@@ -651,7 +667,8 @@ def make_items():
             prompt, length = torch.randint(1, 12, (2,), generator=g).tolist()
             columns = {"logprobs": -4 * torch.rand(length, 3, generator=g),
                        "greedy": torch.randint(5, 7, (length, 3), generator=g),
-                       "reference": -4 * torch.rand(length, generator=g)}
+                       "reference": -4 * torch.rand(length, generator=g),
+                       "routes": torch.zeros(length, dtype=torch.int32)}
             sides.append((Tokens(tuple(torch.randint(0, 320, (prompt + length,), generator=g).tolist()), prompt), columns))
         items.append(Item(tuple(s for s, _ in sides), "ab"[number % 2], tuple(c for _, c in sides)))
     return items
@@ -689,7 +706,7 @@ def train(run, kill_at=None, kill_in_save=None):
     trainer.kill_in_save = kill_in_save
     checkpoint = last_checkpoint(run)
     print("from", checkpoint and checkpoint.name, flush=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_to_the_end(trainer, run)
     assert trainer.state.global_step == 12
     router.save(run / "final")
 
@@ -722,11 +739,15 @@ for mode in sys.argv[2:]:
     if strategy == "random":
         state.write_text(state.read_text()[:100])
     assert child(run) == 0
+    last = run / "checkpoint-12" / "trainer_state.json"
+    written = last.stat().st_mtime_ns
+    assert child(run) == 0  # killed after the last checkpoint, before the router was exported
+    assert last.stat().st_mtime_ns == written
     run, patience = root / "chance", random.uniform(0.5, 1.5)
     while not any(run.glob("checkpoint-*")) and child(run, patience=patience) != 0:
         patience *= 1.5
     assert child(run) == 0
-'''
+"""
 
 
 MODES = ("random-lora", "group_by_length-lora", "random-full")
@@ -759,4 +780,4 @@ def test_resumed_from_the_newest_whole_checkpoint(killed_runs: tuple[Path, str],
     printed = killed_runs[1].split(f"mode {mode}\n")[1].splitlines()
     # Of random sampling, the trainer_state.json of checkpoint 9 was truncated before the last resume.
     last = "checkpoint-6" if mode.startswith("random") else "checkpoint-9"
-    assert printed[:5] == [f"from {name}" for name in (None, None, "checkpoint-3", "checkpoint-6", last)]
+    assert printed[:6] == [f"from {c}" for c in (None, None, "checkpoint-3", "checkpoint-6", last, "checkpoint-12")]

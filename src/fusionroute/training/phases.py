@@ -32,13 +32,14 @@ def annotate_members(
     items: Sequence[Item],
     out: Path,
     options: LoadOptions,
+    base: str | None = None,
 ) -> list[Path]:
     """Annotate `items` with the members `names`, one in memory at a time; returns their folders in that order.
 
     The router writes its routes beside its log-probabilities.
     """
     sequences = sequences_of(items)
-    specs = {spec.name: spec for spec in config.member_specs}
+    specs = {spec.name: spec for spec in config.specs_on(base)}
     folders = []
     for name in names:
         with quiet():
@@ -72,7 +73,7 @@ def load_trainable(
     """
     from peft import PeftModel, get_peft_model
 
-    folder = sources.resolve(options.base or spec.source, revision=spec.revision, relative_to=collection)
+    folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
     with quiet():
         lm: Any = load_model(folder, LoadOptions(options.dtype, options.device, options.attn_implementation))
         if spec.adapter is not None:
@@ -149,11 +150,12 @@ def sft(
     arguments: dict[str, Any],
     run: Path,
     options: LoadOptions,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Phase 1 (Eq. 2) on SFT items."""
-    folders = annotate_members(config, collection, config.expert_names, items, annotations, options)
+    folders = annotate_members(config, collection, config.expert_names, items, annotations, options, base)
     annotated = with_annotations(items, folders)
-    spec = config.router_spec
+    spec = config.specs_on(base)[0]
     seed = int(arguments.get("seed", 42))
     model = load_trainable(spec, config, collection, lora=lora, options=options, seed=seed)
     return train_router(
@@ -178,6 +180,7 @@ def cdpo(
     arguments: dict[str, Any],
     run: Path,
     options: LoadOptions,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Phase 2 (Eq. 3, Algorithm 1) on pairs and SFT items; the router of `collection` is π_ref."""
     if not config.head_trained:
@@ -186,10 +189,10 @@ def cdpo(
         )
     if not any(item.is_pair for item in items):
         raise FusionRouteError("phase 2 needs preference pairs, and the data has none")
-    folders = annotate_members(config, collection, config.expert_names, items, annotations, options)
-    (reference,) = annotate_members(config, collection, [ROUTER], items, annotations, options)
+    folders = annotate_members(config, collection, config.expert_names, items, annotations, options, base)
+    (reference,) = annotate_members(config, collection, [ROUTER], items, annotations, options, base)
     annotated = with_annotations(items, folders, reference)
-    spec = config.router_spec
+    spec = config.specs_on(base)[0]
     model = load_trainable(spec, config, collection, lora=None, options=options, seed=0)
     return train_router(
         model,

@@ -234,7 +234,7 @@ def test_another_chat_template_is_a_warning(make_collection: Make, tmp_path: Pat
     report = inspect_collection(folder)
     assert [member["template"] for member in report["members"]] == ["same", "differs", "same"]
     assert [warning for warning in report["warnings"] if "template" in warning] == [
-        "expert math was trained on another chat template than collection's"
+        "expert math was trained on another chat template than the collection's"
     ]
 
 

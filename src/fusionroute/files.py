@@ -18,15 +18,19 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turn a full or read-only disk under `target` into a one-line `FusionRouteError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            parent = next(p for p in [target, *target.parents] if p.exists())
-            free = shutil.disk_usage(parent).free / 1e6
+    except FusionRouteError:
+        raise
+    except Exception as error:
+        parent = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
+        free = shutil.disk_usage(parent).free
+        number = error.errno if isinstance(error, OSError) else None
+        # torch and safetensors report a full disk in words of their own.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or free < 1 << 20:
             raise FusionRouteError(
-                f"no space left to write {target} ({free:.0f} MB free): free some and run again"
+                f"no space left to write {target} ({free / 1e6:.0f} MB free): free some and run again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
-            raise FusionRouteError(f"cannot write {target}: {error.strerror}") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise FusionRouteError(f"cannot write {target}: {os.strerror(number or 0)}") from error
         raise
 
 

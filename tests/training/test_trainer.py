@@ -67,7 +67,7 @@ def reference_terms(
             delta = (chosen_own - chosen_ref) - (other_own - other_ref)
             total = {"sum": sum, "mean": statistics.fmean, "none": lambda _: 0.0}[bias]
             shift = total(chosen_expert) - total(other_expert)
-            terms["pairs"].append((-functional.logsigmoid(beta * delta + beta * shift), float(delta), shift))
+            terms["pairs"].append((-functional.logsigmoid(beta * delta + beta * shift), float(delta.detach()), shift))
     return terms
 
 
@@ -669,7 +669,8 @@ def make_items():
                        "greedy": torch.randint(5, 7, (length, 3), generator=g),
                        "reference": -4 * torch.rand(length, generator=g),
                        "routes": torch.zeros(length, dtype=torch.int32)}
-            sides.append((Tokens(tuple(torch.randint(0, 320, (prompt + length,), generator=g).tolist()), prompt), columns))
+            ids = torch.randint(0, 320, (prompt + length,), generator=g).tolist()
+            sides.append((Tokens(tuple(ids), prompt), columns))
         items.append(Item(tuple(s for s, _ in sides), "ab"[number % 2], tuple(c for _, c in sides)))
     return items
 
@@ -684,7 +685,7 @@ class Trainer(RouterTrainer):
     kill_in_save = None
     def _save_rng_state(self, folder):
         if self.state.global_step == self.kill_in_save:
-            os.kill(os.getpid(), signal.SIGKILL)  # weights and optimizer are written, random state and trainer state not
+            os.kill(os.getpid(), signal.SIGKILL)  # weights and optimizer are written, trainer_state.json is not
         super()._save_rng_state(folder)
 
 def train(run, kill_at=None, kill_in_save=None):

@@ -7,8 +7,6 @@ completion starts (so tokenizer, template, rows), the member's digests, dtype, a
 
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from fusionroute.members import Member
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens, digest_sequences
 from fusionroute.training.logprobs import Head, hidden_states, score_labels
+from fusionroute.training.running import Meter
 
 SHARD = 256  # sequences in a file: some seconds to minutes of work
 BATCH_TOKENS = 2048  # padded tokens in a forward
@@ -206,38 +205,3 @@ def with_annotations(items: Sequence[Item], experts: Sequence[Path], reference: 
         at += len(item.sequences)
         annotated.append(Item(item.sequences, item.domain, tuple(sides)))
     return annotated
-
-
-class Meter:
-    """Progress in tokens: a bar on a terminal, a line every half minute elsewhere."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.started = self.printed = time.monotonic()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(title, total=total, note="")
-            self.bar.start()
-
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        rate = self.done / max(now - self.started, 1e-9)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=f"{rate:.0f} tokens/s")
-        elif now - self.printed > 30:
-            self.printed = now
-            left = (self.total - self.done) / rate / 60
-            print(
-                f"{self.title}: {self.done}/{self.total} tokens  {rate:.0f} tokens/s  {left:.0f} min left",
-                file=sys.stderr,
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fusionroute import fusion
-from fusionroute.training.annotation import Meter, annotate_batch, batches, pad_batch
+from fusionroute.training.annotation import annotate_batch, batches, pad_batch
 from fusionroute.training.data import Item, Tokens
 from fusionroute.training.logprobs import CHUNK, Head, hidden_states
 from fusionroute.training.losses import informative, routed_logprobs
+from fusionroute.training.running import Meter
 
 if TYPE_CHECKING:
     from fusionroute.modeling import FusionRouteForCausalLM

@@ -100,7 +100,6 @@ def train_router(
     title: str,
     provenance: dict[str, Any],
     dtype: torch.dtype,
-    eval_items: Sequence[Item] | None = None,
 ) -> dict[str, Any]:
     """Train on annotated items and write the router folder `out`; returns the last logged figures.
 
@@ -115,7 +114,7 @@ def train_router(
     """
     args = make_arguments(RouterArguments, run, arguments)
     with quiet():
-        trainer = RouterTrainer(model, args, items, eval_items=eval_items, title=title)
+        trainer = RouterTrainer(model, args, items, title=title)
         train_to_the_end(trainer, run)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     export_router(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)

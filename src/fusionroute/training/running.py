@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fusionroute.errors import FusionRouteError
+from fusionroute.files import disk_errors
 
 
 def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
@@ -70,15 +71,16 @@ def train_to_the_end(trainer: Any, run: Path) -> None:
     A run killed after its last checkpoint is only loaded: transformers would take one more step.
     """
     checkpoint = last_checkpoint(run)
-    if checkpoint is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    else:
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
+    with disk_errors(run):
+        if checkpoint is None:
+            trainer.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
 
 
 class StopOnNan(TrainerCallback):
@@ -143,6 +145,41 @@ class Progress(TrainerCallback):
             print(text, file=sys.stderr, flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Meter:
+    """Progress in tokens: a bar on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.printed = time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(title, total=total, note="")
+            self.bar.start()
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, note=f"{rate:.0f} tokens/s")
+        elif now - self.printed > 30:
+            self.printed = now
+            left = (self.total - self.done) / rate / 60
+            print(
+                f"{self.title}: {self.done}/{self.total} tokens  {rate:.0f} tokens/s  {left:.0f} min left",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
 

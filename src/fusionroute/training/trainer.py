@@ -166,7 +166,7 @@ class RouterTrainer(Trainer):
     Args:
         model: the router.
         args: the arguments of both phases.
-        items, eval_items: annotated items; pairs need the columns of the router after phase 1 too.
+        items: annotated items; pairs need the columns of the router after phase 1 too.
     """
 
     def __init__(
@@ -175,14 +175,13 @@ class RouterTrainer(Trainer):
         args: RouterArguments,
         items: Sequence[Item],
         *,
-        eval_items: Sequence[Item] | None = None,
         title: str = "router",
         pad: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not items:
             raise FusionRouteError("there is no item to train the router on")
-        self.domains = tuple(sorted({item.domain for item in [*items, *(eval_items or [])]}))
+        self.domains = tuple(sorted({item.domain for item in items}))
         self.experts = model.route_head.experts
         self.meter = Tally()
         model.route_head.trained = True
@@ -190,7 +189,6 @@ class RouterTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=Items(items),
-            eval_dataset=None if eval_items is None else Items(eval_items),
             data_collator=Collator(self.domains, pad),
             callbacks=[Progress(title), StopOnNan(), *callbacks],
         )

@@ -68,15 +68,15 @@ def test_require_refuses_a_member_left_behind(cache: FusionCache, refuses: Calla
 
 
 def test_record_appends_columns(cache: FusionCache) -> None:
-    cache.record(torch.tensor([[0, 1], [1, 1]]))
-    cache.record(torch.tensor([[2], [0]]))
+    cache.record(torch.tensor([[0, 1], [1, 1]]), torch.arange(2))
+    cache.record(torch.tensor([[2], [0]]), torch.tensor([2]))
     assert cache.routes is not None
     assert cache.routes.tolist() == [[0, 1, 2], [1, 1, 0]]
 
 
 def test_reset_forgets_everything(cache: FusionCache) -> None:
     feed(cache, NAMES, 0, 5)
-    cache.record(torch.zeros(2, 5))
+    cache.record(torch.zeros(2, 5), torch.arange(5))
     cache.query_routes = torch.zeros(2)
     cache.reset()
     assert (cache.get_seq_length(), cache.routes, cache.query_routes) == (0, None, None)
@@ -99,7 +99,7 @@ def test_crop_keeps_the_first_tokens(cache: FusionCache) -> None:
 
 def test_crop_forgets_the_routes_of_the_removed_tokens(cache: FusionCache) -> None:
     feed(cache, NAMES, 0, 4)
-    cache.record(torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]))
+    cache.record(torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]]), torch.arange(4))
     cache.crop(-1)
     assert cache.routes is not None
     assert cache.routes.tolist() == [[0, 1, 2], [2, 2, 1]]
@@ -107,7 +107,7 @@ def test_crop_forgets_the_routes_of_the_removed_tokens(cache: FusionCache) -> No
 
 def test_crop_of_nothing_changes_nothing(cache: FusionCache) -> None:
     feed(cache, NAMES, 0, 4)
-    cache.record(torch.zeros(2, 4))
+    cache.record(torch.zeros(2, 4), torch.arange(4))
     cache.crop(0)
     assert cache.get_seq_length() == 4
     assert cache.routes is not None
@@ -116,7 +116,7 @@ def test_crop_of_nothing_changes_nothing(cache: FusionCache) -> None:
 
 def test_crop_of_more_than_the_recorded_routes_leaves_none(cache: FusionCache) -> None:
     feed(cache, NAMES, 0, 6)
-    cache.record(torch.zeros(2, 1))  # a prefill keeps one
+    cache.record(torch.zeros(2, 1), torch.tensor([5]))  # a prefill keeps one
     cache.crop(-4)
     assert cache.routes is None or cache.routes.shape[1] == 0
 
@@ -153,7 +153,7 @@ def test_crop_of_a_sliding_window_goes_back_exactly() -> None:
 def full(cache: FusionCache) -> FusionCache:
     """With 4 tokens in 2 rows; the code expert never ran."""
     feed(cache, ["router", "math"], 0, 4)
-    cache.record(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]))
+    cache.record(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), torch.arange(4))
     cache.query_routes = torch.tensor([0, 1])
     return cache
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,10 @@ def test_json_is_one_object_with_the_trace(run: Callable, folder: Path) -> None:
     assert answer["text"] == "".join(token["text"] for token in answer["tokens"])
     assert sum(answer["shares"].values()) == pytest.approx(1)
     experts = [token["expert"] for token in answer["tokens"]]
-    switches = sum(a != b for a, b in zip(experts, experts[1:], strict=False))
+    switches = sum(a != b for a, b in pairwise(experts))
     assert answer["switch_rate"] == pytest.approx(switches / (len(experts) - 1))
-    assert set(answer["tokens"][0]) == {
-        "id", "text", "expert", "weights", "expert_choice", "router_choice", "fused_choice", "overruled", "gap", "drafted",
-    }  # fmt: skip
+    names = "id text expert weights expert_choice router_choice fused_choice overruled gap drafted"
+    assert set(answer["tokens"][0]) == set(names.split())
 
 
 def test_output_is_plain_without_a_terminal_and_ends_with_the_figures(run: Callable, folder: Path) -> None:

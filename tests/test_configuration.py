@@ -73,7 +73,7 @@ def test_the_router_is_no_expert(config: FusionRouteConfig, refuses: Callable) -
 
 @pytest.mark.parametrize("names", [["math", "math"], ["math", "router"]])
 def test_ambiguous_names_are_refused(names: list[str], refuses: Callable) -> None:
-    with refuses(FusionRouteError, names[1]):
+    with refuses(UsageError, names[1]):
         FusionRouteConfig(router=vars(ROUTER), experts=[{"name": name, "source": "org/x"} for name in names])
 
 
@@ -119,5 +119,69 @@ def test_a_changed_spec_does_not_change_the_config(config: FusionRouteConfig) ->
 
 
 def test_set_members_refuses_two_experts_of_one_name(config: FusionRouteConfig, refuses: Callable) -> None:
-    with refuses(FusionRouteError, "math"):
+    with refuses(UsageError, "math"):
         config.set_members(ROUTER, [EXPERTS[0], EXPERTS[0]])
+
+
+# ---- another base
+
+
+@pytest.fixture
+def adapted() -> FusionRouteConfig:
+    """An adapter on one base, that base as it stands, another model, and an adapter on another base."""
+    config = FusionRouteConfig()
+    config.set_members(
+        MemberSpec("router", "org/base", "v1", adapter="./router", digest="sha256:1"),
+        [
+            MemberSpec("bare", "org/base", "v1"),
+            MemberSpec("whole", "org/whole", "v1"),
+            MemberSpec("other_revision", "org/base", "v2"),
+        ],
+    )
+    return config
+
+
+def test_without_another_base_the_members_are_as_written(adapted: FusionRouteConfig) -> None:
+    assert adapted.specs_on(None) == adapted.member_specs
+
+
+def test_another_base_replaces_source_and_revision_of_all_that_stand_on_it(adapted: FusionRouteConfig) -> None:
+    specs = adapted.specs_on("org/new")
+    assert [(spec.source, spec.revision) for spec in specs] == [
+        ("org/new", None),
+        ("org/new", None),
+        ("org/whole", "v1"),
+        ("org/base", "v2"),
+    ]
+
+
+def test_another_base_leaves_adapter_and_digest(adapted: FusionRouteConfig) -> None:
+    spec = adapted.specs_on("org/new")[0]
+    assert (spec.adapter, spec.digest) == ("./router", "sha256:1")
+
+
+def test_another_base_leaves_the_configuration(adapted: FusionRouteConfig) -> None:
+    adapted.specs_on("org/new")
+    assert adapted.router_spec.source == "org/base"
+
+
+@pytest.mark.parametrize("written", ["./new", "new", "../here/new"])
+def test_another_base_is_found_from_the_working_folder(
+    adapted: FusionRouteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """Not from the collection's, where `./` in a source starts."""
+    (tmp_path / "here" / "new").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert adapted.specs_on(written)[0].source == str(tmp_path / "here" / "new")
+
+
+def test_another_base_that_is_not_there_is_not_looked_for_in_the_collection(
+    adapted: FusionRouteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not adapted.specs_on("./missing")[0].source.startswith("./")
+
+
+def test_another_base_without_adapters_is_refused(config: FusionRouteConfig, refuses: Callable) -> None:
+    with refuses(UsageError, "--base"):
+        config.specs_on("org/new")

@@ -24,12 +24,14 @@ class FusionCache(Cache):
         members: member name to its cache.
         routes: `[B, K]`, the expert chosen at each of the K positions that gave logits; column k is in the row order
             of its own step, so beam search gathers it by `beam_indices`.
+        positions: `[K]`, where in the row (padding counted) each of them is.
         query_routes: `[B]`, the one decision per prompt of query-level routing.
     """
 
     def __init__(self, configs: Mapping[str, Any]) -> None:
         self.members = {name: DynamicCache(config=config) for name, config in configs.items()}
         self.routes: Tensor | None = None
+        self.positions: Tensor | None = None
         self.query_routes: Tensor | None = None
         super().__init__(layers=[layer for cache in self.members.values() for layer in cache.layers])
 
@@ -54,13 +56,26 @@ class FusionCache(Cache):
             return super().get_seq_length(layer_idx)
         return max(cache.get_seq_length() for cache in self.members.values())
 
-    def record(self, routes: Tensor) -> None:
-        """Append the routes `[B, K]` of one forward."""
-        self.routes = routes if self.routes is None else torch.cat([self.routes, routes], dim=1)
+    def record(self, routes: Tensor, positions: Tensor) -> None:
+        """Append the routes `[B, K]` of one forward, taken at `positions [K]`."""
+        if self.routes is None or self.positions is None:
+            self.routes, self.positions = routes, positions
+        else:
+            self.routes = torch.cat([self.routes, routes], dim=1)
+            self.positions = torch.cat([self.positions, positions])
+
+    def routes_from(self, first: int, count: int) -> Tensor:
+        """The routes `[B, count]` taken at positions `first`, `first + 1`, …; −1 where none was."""
+        assert self.routes is not None
+        assert self.positions is not None
+        found = self.routes.new_full((self.routes.shape[0], count), -1)
+        wanted = (self.positions >= first) & (self.positions < first + count)
+        found[:, self.positions[wanted] - first] = self.routes[:, wanted]
+        return found
 
     def reset(self) -> None:
         super().reset()
-        self.routes = self.query_routes = None
+        self.routes = self.positions = self.query_routes = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -69,12 +84,14 @@ class FusionCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         before = self.get_seq_length()
+        after = tokens_to_remove if tokens_to_remove > 0 else before + tokens_to_remove
         for cache in self.members.values():
-            if cache.get_seq_length() == before:
-                cache.crop(tokens_to_remove)
-        removed = before - self.get_seq_length()
-        if self.routes is not None and removed:
-            self.routes = self.routes[:, :-removed]
+            length = cache.get_seq_length()
+            if length:  # else a policy left this member out
+                cache.crop(-max(length - after, 0))  # cropping by 0 still shrinks sliding windows
+        if self.routes is not None and self.positions is not None:
+            kept = self.positions < after
+            self.routes, self.positions = self.routes[:, kept], self.positions[kept]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionroute import sources, vocabulary
-from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
+from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, check_names
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_folder, write_json
 
@@ -163,11 +163,15 @@ def assemble(
     from transformers import AutoConfig, AutoTokenizer
 
     from fusionroute.card import write_card
-    from fusionroute.router import HEAD_FILE
+    from fusionroute.router import RouteHead
 
     specs = [router, *experts]
     if not experts:
         raise UsageError("a collection needs at least one expert")
+    check_names([expert.name for expert in experts])
+    strangers = sorted(set(embed) - {spec.name for spec in specs})
+    if strangers:
+        raise UsageError(f"cannot embed {', '.join(strangers)}: the members are {', '.join(s.name for s in specs)}")
     tokenizers = {
         s.name: sources.resolve(s.source, revision=s.revision, relative_to=relative_to, what="tokenizer") for s in specs
     }
@@ -220,20 +224,12 @@ def assemble(
         config.pad_token_id = AutoTokenizer.from_pretrained(scratch).pad_token_id
         config.save_pretrained(scratch)
         _write_generation_config(scratch, tokenizers[ROUTER], config)
-        if head is None:
-            _write_untrained_head(scratch / ROUTER, config)
-        else:
-            (scratch / ROUTER).mkdir(exist_ok=True)
-            shutil.copyfile(head / HEAD_FILE, scratch / ROUTER / HEAD_FILE)
+        (scratch / ROUTER).mkdir(exist_ok=True)
+        names, width = config.expert_names, config.hidden_size
+        route_head = RouteHead(width, names) if head is None else RouteHead.load(head, names, width)
+        route_head.save(scratch / ROUTER)
         write_card(scratch, config)
     return config
-
-
-def _write_untrained_head(folder: Path, config: FusionRouteConfig) -> None:
-    from fusionroute.router import RouteHead
-
-    folder.mkdir(exist_ok=True)
-    RouteHead(config.hidden_size, config.expert_names).save(folder)
 
 
 def _write_generation_config(out: Path, router: Path, config: FusionRouteConfig) -> None:
@@ -285,7 +281,7 @@ def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:
             shutil.copyfile(folder / name, out / name)
     # PEFT wrote the path it trained from, which means nothing elsewhere; a Hub id lets PEFT load it on its own.
     config = read_json(folder / "adapter_config.json")
-    hub = sources.Source.parse(spec.source).kind == "hub"
+    hub = sources.Source.parse(spec.source, relative_to=out).kind == "hub"
     write_json(out / "adapter_config.json", config | {"base_model_name_or_path": spec.source if hub else None})
 
 
@@ -298,11 +294,9 @@ def _copy_model(folder: Path, out: Path) -> None:
 
 def local_references(config: FusionRouteConfig) -> list[str]:
     """Members whose weights are named by a path of this machine, as `name (path)`."""
-    return [
-        f"{spec.name} ({spec.source})"
-        for spec in config.member_specs
-        if _is_local(spec.source) and not spec.source.startswith("./")
-    ]
+    places = [(s.name, place) for s in config.member_specs for place in (s.source, s.adapter) if place is not None]
+    # A member's folder inside the collection is written with ./ in front.
+    return [f"{name} ({place})" for name, place in places if place.startswith(("/", "~", ".."))]
 
 
 def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> None:
@@ -315,12 +309,14 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
         FusionRouteError: `out` is not empty, or the disk is full.
     """
     from fusionroute.card import write_card
+    from fusionroute.members import holds
     from fusionroute.router import save_router_adapter
 
     config = FusionRouteConfig.from_dict(model.config.to_dict())
     config.architectures = ["FusionRouteForCausalLM"]
     with staged_folder(out, replace=False) as scratch:
         kept = []
+        copies: dict[tuple[str, str | None], str] = {}
         for spec, member in zip(config.member_specs, model.members, strict=True):
             folder = scratch / spec.module
             embedded = embed or spec.source.startswith("./")
@@ -332,7 +328,15 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
                     spec = replace(spec, adapter_digest=sources.weights_digest(folder))
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
             if embedded:
-                spec = replace(spec, source=_embed(member, spec, scratch, config), revision=None)
+                key = (spec.source, spec.revision)
+                if key not in copies:
+                    copies[key] = _embed(member, spec, scratch, config)
+                name = copies[key]
+                spec = replace(spec, source=f"./{name}", revision=None, digest=sources.weights_digest(scratch / name))
+            elif spec.is_router and spec.adapter is None and not holds(member.model, member.folder):
+                raise UsageError(
+                    f"the router was changed in memory, but the collection refers to {spec.source}: pass embed=True"
+                )
             kept.append(spec)
         config.set_members(kept[0], kept[1:])
         config.save_pretrained(scratch)
@@ -345,16 +349,22 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
 
 
 def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) -> str:
-    """Copy a member's weights into the collection, once for all members that stand on them; returns the source."""
-    shared = [s.name for s in config.member_specs if (s.source, s.revision) == (spec.source, spec.revision)]
-    adapted = any(s.adapter for s in config.member_specs if s.name in shared)
-    name = "base" if adapted else spec.module
-    if spec.is_router and not adapted:
-        member.model.save_pretrained(out / name)  # a whole router may have been trained in memory
+    """Put a member's weights into the collection and return their folder's name.
+
+    Files are copied; only a whole router that has changed in memory is written from there.
+    """
+    from fusionroute.members import holds
+
+    users = [s for s in config.member_specs if (s.source, s.revision) == (spec.source, spec.revision)]
+    name = spec.module
+    if any(s.adapter for s in users):
+        name = next(n for n in ("base", *(f"base_{i}" for i in range(2, 100))) if not (out / n).exists())
+    if spec.is_router and len(users) == 1 and spec.adapter is None and not holds(member.model, member.folder):
+        member.model.save_pretrained(out / name)
         _copy_tokenizer(member.folder, out / name)
-    elif not (out / name).exists():
+    else:
         _copy_model(member.folder, out / name)
-    return f"./{name}"
+    return name
 
 
 def push(model: "FusionRouteForCausalLM", repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
@@ -362,17 +372,17 @@ def push(model: "FusionRouteForCausalLM", repo_id: str, *, embed: bool = False, 
     import tempfile
 
     if not embed:
-        _refuse_local(model.config)
+        refuse_local(model.config)
     with tempfile.TemporaryDirectory() as scratch:
         save(model, Path(scratch) / "collection", embed=embed)
-        return upload(Path(scratch) / "collection", repo_id, read_config(Path(scratch) / "collection"), **kwargs)
+        return upload(Path(scratch) / "collection", repo_id, **kwargs)
 
 
-def upload(folder: Path, repo_id: str, config: FusionRouteConfig, **kwargs: Any) -> str:
+def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:
     """Upload a collection folder to the Hub and return its address."""
     from huggingface_hub import HfApi
 
-    _refuse_local(config)
+    refuse_local(read_config(folder))
     api = HfApi(token=kwargs.pop("token", None))
     address = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
     api.upload_folder(
@@ -381,7 +391,8 @@ def upload(folder: Path, repo_id: str, config: FusionRouteConfig, **kwargs: Any)
     return str(address)
 
 
-def _refuse_local(config: FusionRouteConfig) -> None:
+def refuse_local(config: FusionRouteConfig) -> None:
+    """Raise a `UsageError` if a member is named by a path of this machine."""
     local = local_references(config)
     if local:
         raise UsageError(

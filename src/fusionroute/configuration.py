@@ -69,6 +69,22 @@ class MemberSpec:
         return cls(**data)
 
 
+def check_names(names: list[str]) -> None:
+    """Refuse experts of one name, or one called like the router.
+
+    Raises:
+        UsageError: the message lists the names.
+    """
+    if len(set(names)) != len(names) or ROUTER in names:
+        raise UsageError(f"expert names must be distinct and none may be 'router': {', '.join(names)}")
+
+
+def absolute_source(source: str) -> str:
+    """A source written as a path, or that is one, as an absolute path; any other as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() or source.startswith((".", "/", "~")) else source
+
+
 class FusionRouteConfig(PreTrainedConfig):
     """Configuration of a collection.
 
@@ -103,9 +119,7 @@ class FusionRouteConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        names = [spec.name for spec in self.expert_specs]
-        if len(set(names)) != len(names) or ROUTER in names:
-            raise FusionRouteError(f"expert names must be distinct and none may be 'router': {names}")
+        check_names(self.expert_names)
 
     @property
     def router_spec(self) -> MemberSpec:
@@ -130,23 +144,24 @@ class FusionRouteConfig(PreTrainedConfig):
         """`member_specs` with `base` in place of every source that adapters stand on; None changes nothing.
 
         Raises:
-            UsageError: no member is an adapter.
+            UsageError: no member is an adapter, or adapters stand on different bases.
         """
         specs = self.member_specs
         if base is None:
             return specs
         # An expert may be the bare base that others adapt, and moves with them.
         adapted = {(spec.source, spec.revision) for spec in specs if spec.adapter is not None}
-        if not adapted:
-            raise UsageError("--base replaces the base of adapters, but this collection has none")
-        local = Path(base).expanduser()
-        source = str(local.resolve()) if local.exists() else base
+        if len(adapted) != 1:
+            found = ", ".join(sorted(source for source, _ in adapted)) or "none"
+            raise UsageError(f"--base replaces the one base that adapters stand on; this collection has {found}")
+        source = absolute_source(base)
         return [
             replace(spec, source=source, revision=None) if (spec.source, spec.revision) in adapted else spec
             for spec in specs
         ]
 
     def set_members(self, router: MemberSpec, experts: list[MemberSpec]) -> None:
+        check_names([expert.name for expert in experts])
         self.router = asdict(router)
         self.experts = [asdict(expert) for expert in experts]
 

@@ -96,14 +96,15 @@ class LoadOptions:
         dtype: of the weights; None takes what the files hold.
         device: where to put them.
         attn_implementation: as in transformers; a member that lacks it runs eager (Gemma-2 has no sdpa).
-        other_base: the user named another base, so weights with another digest are a warning, not an error.
+        other_base: a source that the user named in place of the adapters' base: its weights may have another digest,
+            with a warning.
         trust_remote_code: passed to transformers; off.
     """
 
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None
     attn_implementation: str | None = None
-    other_base: bool = False
+    other_base: str | None = None
     trust_remote_code: bool = False
 
 
@@ -116,12 +117,12 @@ def load_model(folder: Path, options: LoadOptions) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sources.check_model_folder(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    attention = {}
-    if options.attn_implementation is not None:
-        supported = config.model_type != "gemma2" or options.attn_implementation != "sdpa"
-        attention = {"attn_implementation": options.attn_implementation if supported else "eager"}
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        attention = {}
+        if options.attn_implementation is not None:
+            supported = config.model_type != "gemma2" or options.attn_implementation != "sdpa"
+            attention = {"attn_implementation": options.attn_implementation if supported else "eager"}
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -211,6 +212,19 @@ def attach_adapter(model: "PreTrainedModel", peft: "PeftModel | None", folder: P
     return peft
 
 
+def holds(model: "PreTrainedModel", folder: Path | None) -> bool:
+    """Whether `model` is what the files in `folder` hold, rounded to its dtype: not changed since it was loaded."""
+    from safetensors.torch import load_file
+
+    assert folder is not None
+    state = model.state_dict()
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(path)
+    known = [name for name in state if name in stored]
+    return bool(known) and all(torch.equal(state[n].cpu(), stored[n].to(state[n].dtype)) for n in known)
+
+
 def resolve_member(spec: MemberSpec, collection: Path | None) -> tuple[Path, Path | None]:
     """Folders of the member's weights and, if it has one, of its adapter."""
     folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
@@ -227,8 +241,10 @@ def load_members(specs: Sequence[MemberSpec], collection: Path | None, options: 
         FusionRouteError: a source cannot be had, a digest differs, weights or adapters do not fit.
     """
     places = [resolve_member(spec, collection) for spec in specs]
+    # One folder may be written in two ways, and is loaded once.
+    places = [(folder.resolve(), adapter) for folder, adapter in places]
     for spec, (folder, adapter) in zip(specs, places, strict=True):
-        check_digest(spec, folder, override=options.other_base)
+        check_digest(spec, folder, override=spec.source == options.other_base)
         if adapter is not None:
             check_adapter_digest(spec, adapter)
     models: dict[Path, PreTrainedModel] = {}

@@ -4,6 +4,7 @@ A transformers model: Auto classes, `forward` with left or right padding, `gener
 `save_pretrained`. It is the slow way on purpose; every fast path is tested against it.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from fusionroute import collection, fusion
 from fusionroute.cache import FusionCache
-from fusionroute.configuration import ROUTER, FusionRouteConfig
+from fusionroute.configuration import ROUTER, FusionRouteConfig, absolute_source
 from fusionroute.errors import UsageError
 from fusionroute.members import LoadOptions, Member, load_members
 from fusionroute.router import RouteHead, Router, head_width
@@ -125,12 +126,18 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UsageError: an unknown expert or routing, `inputs_embeds`, ids outside the common vocabulary.
         """
+        unknown = sorted(set(kwargs) - _UNUSED)
+        if unknown:
+            raise UsageError(f"forward does not take {', '.join(unknown)}")
         if kwargs.get("inputs_embeds") is not None or input_ids is None:
             raise UsageError("pass input_ids: members differ in width, so they cannot share inputs_embeds")
         if routing not in ("token", "query", "uniform"):
             raise UsageError(f"routing must be token, query or uniform, not {routing!r}")
         if past_key_values is not None and not isinstance(past_key_values, FusionCache):
-            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {type(past_key_values)}")
+            kind = type(past_key_values).__name__
+            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {kind}")
+        if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:
+            raise UsageError(f"token id {int(input_ids.max())}: the members share {self.config.vocab_size} ids")
         alpha = self.config.alpha if alpha is None else alpha
         forced = None if expert is None else self.config.expert_index(expert)
         cache = past_key_values
@@ -149,23 +156,23 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         caches: dict[str, Any] = {} if cache is None else dict(cache.require(names))
 
         # The decision of `query` is read at one column of the prompt, which `logits_to_keep` may not cover.
-        deciding = routing == "query" and forced is None and (cache is None or cache.query_routes is None)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = slice(None) if isinstance(logits_to_keep, int) and logits_to_keep == 0 else kept
-        router_logits = scores = decided = None
+        columns = self._decision_columns(input_ids, attention_mask, prompt_length, seen)
+        undecided = cache is None or cache.query_routes is None
+        deciding = routing == "query" and forced is None and undecided and columns is not None
+        kept = _kept(logits_to_keep)
+        router_logits = scores = None
+        decided = cache.query_routes if cache is not None and routing == "query" else None
         if needs_router:
             output = self.router(
                 **inputs, past_key_values=caches.get(ROUTER), logits_to_keep=0 if deciding else logits_to_keep
             )
             router_logits, scores = output.logits[..., : self.config.vocab_size], output.scores
             if deciding:
-                column = input_ids.shape[1] - 1 if prompt_length is None else prompt_length - 1 - seen
-                decided = fusion.route(scores[:, column])
+                rows = torch.arange(len(scores), device=scores.device)
+                decided = fusion.route(scores[rows, columns])
                 router_logits, scores = router_logits[:, kept], scores[:, kept]
                 if cache is not None:
                     cache.query_routes = decided
-            elif routing == "query" and cache is not None:
-                decided = cache.query_routes
         with torch.no_grad():
             each = [
                 member(**inputs, past_key_values=caches.get(member.name), logits_to_keep=logits_to_keep).logits
@@ -186,7 +193,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             expert_logits = fusion.select(each, routes)
         logits = expert_logits.float() if router_logits is None else fusion.fuse(router_logits, expert_logits, alpha)
         if cache is not None:
-            cache.record(routes)
+            cache.record(routes, torch.arange(seen, seen + input_ids.shape[1], device=routes.device)[kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
@@ -200,6 +207,27 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             expert_logits=expert_logits,
         )
 
+    @staticmethod
+    def _decision_columns(
+        input_ids: Tensor, attention_mask: Tensor | None, prompt_length: int | None, seen: int
+    ) -> Tensor | None:
+        """Of each row `[B]`, the column of `input_ids` where its prompt ends; None if that comes in a later chunk."""
+        rows, width = input_ids.shape
+        if prompt_length is not None:
+            column = prompt_length - 1 - seen
+            return torch.full((rows,), column, device=input_ids.device) if 0 <= column < width else None
+        if attention_mask is None or attention_mask.dim() != 2:
+            return torch.full((rows,), width - 1, device=input_ids.device)
+        real = attention_mask[:, -width:].long()
+        return (real * torch.arange(1, width + 1, device=real.device)).argmax(dim=-1)
+
+    def train(self, mode: bool = True) -> "FusionRouteForCausalLM":
+        """As in torch, but the experts stay in evaluation: their dropout would alter them."""
+        super().train(mode)
+        for expert in self.experts if hasattr(self, "config") and self.config.experts else []:
+            expert.eval()
+        return self
+
     # ------------------------------------------------------------------------------------------------ generate
 
     @torch.no_grad()
@@ -212,19 +240,28 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("routing") == "query" and prompt is not None:
             kwargs.setdefault("prompt_length", prompt.shape[1])
         given = kwargs.get("past_key_values")
-        before = given.routes.shape[1] if given is not None and given.routes is not None else 0
+        if given is not None and not isinstance(given, FusionCache):
+            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {type(given).__name__}")
         output = super().generate(inputs, *args, **kwargs)
         cache = getattr(output, "past_key_values", None)
         if isinstance(cache, FusionCache) and cache.routes is not None:
-            # Each forward keeps logits, and so a route, for its new tokens only.
+            # What was decided at a position wrote the token after it.
+            first = (1 if prompt is None else prompt.shape[1]) - 1
             beams = getattr(output, "beam_indices", None)
             if beams is None:
-                new = output.sequences.shape[1] - (1 if prompt is None else prompt.shape[1])
-                output["routes"] = cache.routes[:, before : before + new]
+                output["routes"] = cache.routes_from(first, output.sequences.shape[1] - first - 1)
             else:
-                columns = before + torch.arange(beams.shape[1], device=beams.device)
-                output["routes"] = cache.routes[beams.clamp(min=0), columns].masked_fill(beams < 0, -1)
+                by_step = cache.routes_from(first, beams.shape[1])
+                steps = torch.arange(beams.shape[1], device=beams.device)
+                output["routes"] = by_step[beams.clamp(min=0), steps].masked_fill(beams < 0, -1)
         return output
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers hands the model's own arguments on to the assistant, which does not know ours.
+        if "model_kwargs" in kwargs:
+            ours = ("alpha", "expert", "routing", "prompt_length")
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in ours}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -269,11 +306,13 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             FusionRouteError: anything missing, half-written, or not what the collection was made with.
         """
+        dtype = unknown.pop("torch_dtype", None) if dtype is None else dtype
         _refuse_unknown(unknown)
         folder = collection.locate(pretrained_model_name_or_path, revision=revision)
-        config = config or collection.read_config(folder)
+        config = collection.read_config(folder) if config is None else copy.deepcopy(config)
         collection.check_vocabulary_of(config, folder, base)
-        options = LoadOptions(parse_dtype(dtype), device, attn_implementation, base is not None, trust_remote_code)
+        other = None if base is None else absolute_source(base)
+        options = LoadOptions(parse_dtype(dtype), device, attn_implementation, other, trust_remote_code)
         members = load_members(config.specs_on(base), folder, options)
         router = members[0]
         head = RouteHead.load(
@@ -289,10 +328,11 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, *, embed: bool = False, **kwargs: Any) -> None:
         """Write the collection; see `fusionroute.collection.save` for what is embedded and what referenced."""
         push = kwargs.pop("push_to_hub", False)
+        if push and not embed:
+            collection.refuse_local(self.config)
         collection.save(self, Path(save_directory), embed=embed)
         if push:
-            repo = kwargs.pop("repo_id", Path(save_directory).name)
-            collection.upload(Path(save_directory), repo, self.config, **kwargs)
+            collection.upload(Path(save_directory), kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
         """Upload the collection and return its address.
@@ -310,6 +350,13 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
 
 
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The positions that transformers keeps for `logits_to_keep`, as an index."""
+    if isinstance(logits_to_keep, int):
+        return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+    return logits_to_keep
+
+
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     """A torch dtype from its name; None and `auto` give None, which takes what the files hold."""
     if name is None or name == "auto":
@@ -321,11 +368,16 @@ def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
 
 
 # Arguments that transformers' own loaders pass along and that mean nothing here.
-_IGNORED = {"_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "name_or_path", "torch_dtype", "token"}
+_IGNORED = {"_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "name_or_path"}
+# Arguments that `generate` and trainers pass to any forward.
+_UNUSED = {
+    "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict", "token_type_ids", "cache_position",
+    "num_items_in_batch", "is_first_iteration",
+}  # fmt: skip
 
 
 def _refuse_unknown(unknown: dict[str, Any]) -> None:
-    left = sorted(set(unknown) - _IGNORED)
+    left = sorted(name for name, value in unknown.items() if name not in _IGNORED and value is not None)
     if left:
         raise UsageError(f"from_pretrained of a collection does not take {', '.join(left)}")
 

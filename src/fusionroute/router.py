@@ -37,12 +37,13 @@ class RouteHead(nn.Linear):
         """Write the head and the order of the experts it was trained with."""
         from safetensors.torch import save_file
 
-        metadata = {"experts": json.dumps(self.experts), "trained": json.dumps(self.trained)}
+        # One key: safetensors writes several in random order, and the same head should be the same file.
+        metadata = {"route_head": json.dumps({"experts": self.experts, "trained": self.trained})}
         with staged_file(folder / HEAD_FILE) as scratch:
             save_file({"weight": self.weight.detach().float().cpu().contiguous()}, scratch, metadata)
 
     @classmethod
-    def load(cls, folder: Path, experts: Sequence[str], hidden_size: int, device: torch.device) -> "RouteHead":
+    def load(cls, folder: Path, experts: Sequence[str], hidden_size: int, device: Any = None) -> "RouteHead":
         """Read the head from `folder`.
 
         Raises:
@@ -58,7 +59,8 @@ class RouteHead(nn.Linear):
                 weight, metadata = file.get_tensor("weight"), file.metadata() or {}
         except SafetensorError as error:
             raise FusionRouteError(f"{path} is not whole ({error}): fetch the collection again") from error
-        order = json.loads(metadata.get("experts", "[]"))
+        about = json.loads(metadata.get("route_head", "{}"))
+        order = about.get("experts", [])
         if order != list(experts):
             raise FusionRouteError(
                 f"{path} was trained with experts {', '.join(order)} in this order, config.json lists "
@@ -72,7 +74,7 @@ class RouteHead(nn.Linear):
             )
         head = cls(hidden_size, experts, device)
         head.weight.data.copy_(weight)
-        head.trained = json.loads(metadata.get("trained", "true"))
+        head.trained = about.get("trained", True)
         return head
 
 

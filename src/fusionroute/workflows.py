@@ -12,12 +12,19 @@ from fusionroute.recipe import PhaseSection, Run, load_recipe, measure_heldout
 
 
 def _open(name: str | None, recipe: Path, data: Path | None, dtype: str | None, base: str | None) -> Any:
+    from fusionroute.configuration import absolute_source
     from fusionroute.members import LoadOptions
     from fusionroute.modeling import parse_dtype
 
     folder = collections.locate(name)
     run = Run(load_recipe(recipe), Path(), data)
-    return folder, run, LoadOptions(dtype=parse_dtype(dtype or run.recipe.dtype), other_base=base is not None)
+    return (
+        folder,
+        run,
+        LoadOptions(
+            dtype=parse_dtype(dtype or run.recipe.dtype), other_base=None if base is None else absolute_source(base)
+        ),
+    )
 
 
 def _section(run: Run, phase: str) -> PhaseSection:

@@ -19,8 +19,16 @@ from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, Member, load_members
 from fusionroute.router import RouteHead
 from fusionroute.training import annotation
-from fusionroute.training.annotation import annotate, batches, read_columns, sequences_of, with_annotations
+from fusionroute.training.annotation import (
+    annotate,
+    annotate_batch,
+    batches,
+    read_columns,
+    sequences_of,
+    with_annotations,
+)
 from fusionroute.training.data import Item, Tokens
+from fusionroute.training.logprobs import Head
 
 FLOAT32 = LoadOptions(dtype=torch.float32)
 
@@ -108,6 +116,16 @@ def test_experts_disagree_in_the_fixture(make_collection: Callable[[str], Path],
     members = load_members(config.expert_specs, folder, FLOAT32)
     left, right = (read_columns(annotate(m, sequences, tmp_path, config.vocab_size), sequences) for m in members)
     assert not same(left, right)
+
+
+def test_members_on_one_base_take_turns(make_collection: Callable[[str], Path]) -> None:
+    folder = make_collection("adapters")
+    config = read_config(folder)
+    sequences = random_sequences(2, vocab=config.vocab_size)
+    members = load_members(config.expert_specs, folder, FLOAT32)
+    first, second = [[annotate_batch(m, Head(m.model), sequences) for m in members] for _ in range(2)]
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert not same(first[0], first[1])
 
 
 def test_dropout_of_an_adapter_is_off(model_folder: Path, tmp_path: Path) -> None:

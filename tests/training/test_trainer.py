@@ -129,9 +129,7 @@ def items(make_items: Callable[..., list[Item]]) -> Callable[..., list[Item]]:
 def make_trainer(tmp_path: Path) -> Callable[..., RouterTrainer]:
     """A trainer of one step on everything with a learning rate of zero, unless told otherwise."""
 
-    def make(
-        model: RouterForTraining, data: Sequence[Item], eval_items: Sequence[Item] | None = None, **given: Any
-    ) -> RouterTrainer:
+    def make(model: RouterForTraining, data: Sequence[Item], **given: Any) -> RouterTrainer:
         arguments = {
             "per_device_train_batch_size": len(data),
             "max_steps": 1,
@@ -143,7 +141,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., RouterTrainer]:
             "logit_chunk": 5,
         }
         args = make_arguments(RouterArguments, tmp_path / "run", arguments | given)
-        trainer = RouterTrainer(model, args, data, eval_items=eval_items, callbacks=[Watch()])
+        trainer = RouterTrainer(model, args, data, callbacks=[Watch()])
         trainer.watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
         return trainer
 
@@ -505,22 +503,6 @@ def test_figures_start_anew_after_each_line(make_router: Any, make_trainer: Any,
     trainer.train()
     for entry, piece in zip(trainer.state.log_history, (data[:4], data[4:]), strict=False):
         assert_figures(entry, naive_figures(model, piece, trainer.args))
-
-
-def test_evaluation_gives_the_loss_of_the_items(make_router: Any, make_trainer: Any, items: Any) -> None:
-    data, model = items(3, 2), make_router()
-    trainer = make_trainer(model, data, eval_items=(held := items(3, 2, seed=9)), per_device_eval_batch_size=5)
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(reference_loss(model, held, trainer.args).item(), rel=1e-5)
-
-
-def test_evaluation_does_not_enter_the_training_figures(make_router: Any, make_trainer: Any, items: Any) -> None:
-    data, model = items(6, 4, seed=2), make_router()
-    options = {"max_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = make_trainer(model, data, eval_items=items(3, 2, seed=9), **options)
-    trainer.train()
-    entry = next(e for e in trainer.state.log_history if "loss" in e)
-    assert_figures(entry, naive_figures(model, data, trainer.args))
 
 
 def test_no_items(make_router: Any, make_trainer: Any) -> None:

@@ -1,0 +1,152 @@
+"""Recipes: what is refused, what is skipped, what survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fusionroute import recipe, sources
+from fusionroute.collection import read_config
+from fusionroute.errors import FusionRouteError, UsageError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+# Keys whose value says it all.
+UNCOMMENTED = {"path", "stop", "description", "data", "code", "router", "training"}
+SMOLLM2 = ROOT / "recipes" / "smollm2.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished tiny recipe."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    recipe.execute(SMOLLM2, out, None, shrink=True)
+    return out
+
+
+def result(out: Path) -> tuple[str, str, bytes]:
+    """What a run ends with: digests of the router's adapter and of an expert's, and the route head."""
+    folder = out / "collection"
+    return (
+        sources.weights_digest(folder / "router"),
+        sources.weights_digest(folder / "expert_math"),
+        (folder / "router" / "route_head.safetensors").read_bytes(),
+    )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_recipes_load(path: Path) -> None:
+    assert recipe.load_recipe(path).name
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_no_held_out_row_is_trained_on(path: Path) -> None:
+    loaded = recipe.load_recipe(path)
+    trained = [s for e in loaded.experts for s in e.data] + loaded.sft.data + (loaded.cdpo.data if loaded.cdpo else [])
+    for held in loaded.heldout:
+        for spec in trained:
+            if (spec.path, spec.format) == (held.path, held.format):
+                assert spec.shuffle_seed == held.shuffle_seed
+                stop = held.stop if held.stop is not None else 10**9
+                assert spec.start >= stop or (spec.stop or 10**9) <= held.start
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_key_of_a_shipped_recipe_is_commented(path: Path) -> None:
+    """The first time a key appears, its line has a comment, or the one above it."""
+    lines = path.read_text().splitlines()
+    seen: set[str] = set()
+    for number, line in enumerate(lines):
+        key = line.strip().removeprefix("- ").split(":")[0]
+        if not line.strip() or line.strip().startswith(("#", "- {", "<<")) or key in seen:
+            continue
+        seen.add(key)
+        above = lines[number - 1].strip() if number else ""
+        assert "#" in line or above.startswith("#") or key in UNCOMMENTED, line
+
+
+def test_a_missing_recipe() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml is missing"):
+        recipe.load_recipe(Path("nowhere.yaml"))
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    data["router"]["rank"] = 4
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UsageError, match=r"r\.yaml: router\.rank: Extra inputs"):
+        recipe.load_recipe(tmp_path / "r.yaml")
+
+
+def test_what_is_not_yaml(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: [1")
+    with pytest.raises(UsageError, match=r"r\.yaml is not YAML") as caught:
+        recipe.load_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_data_names_the_file(tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    small, folder = recipe.tiny(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    assert data["name"] == small.name
+    (folder / "chat.jsonl").unlink()
+    with pytest.raises(FusionRouteError, match=r"chat\.jsonl"):
+        recipe.Run(small, tmp_path / "run", folder).run()
+
+
+def test_every_stage_leaves_its_result(finished: Path) -> None:
+    config = read_config(finished / "collection")
+    assert config.head_trained
+    assert config.expert_names == ["general", "math", "code"]
+    assert set(config.training) >= {"sft", "cdpo", "data"}
+    figures = json.loads((finished / "heldout" / "stage.json").read_text())["result"]
+    assert set(figures["domains"]) == {"math", "code", "general"}
+    assert not list(finished.glob("checkpoints/*"))
+
+
+def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    recipe.execute(SMOLLM2, finished, None, shrink=True)
+    assert "started" not in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+
+def test_a_change_runs_again_only_what_depends_on_it(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    data["cdpo"]["training"]["beta"] = 0.2
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    recipe.execute(tmp_path / "r.yaml", finished, None, shrink=True)
+    started = [line for line in capsys.readouterr().err.splitlines() if line.endswith("started")]
+    assert started == ["cdpo: started", "collection: started", "heldout: started"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["experts/math", "sft", "cdpo"])
+def test_killed_and_run_again_is_uninterrupted(stage: str, tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / "killed"
+    call = f"recipe.execute(Path({str(SMOLLM2)!r}), Path({str(out)!r}), None, shrink=True)"
+    code = f"from pathlib import Path; from fusionroute import recipe; {call}"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(f"{stage}: started"):
+            break
+    # Into the stage's training: its second step has a checkpoint.
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/*/checkpoint-2")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "collection" / "config.json").exists()
+    recipe.execute(SMOLLM2, out, None, shrink=True)
+    whole = tmp_path / "whole"
+    recipe.execute(SMOLLM2, whole, None, shrink=True)
+    assert result(out) == result(whole)

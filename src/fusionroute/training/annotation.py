@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusionroute import fusion, sources
 from fusionroute.errors import FusionRouteError
-from fusionroute.files import staged_file, write_json
+from fusionroute.files import read_json, staged_file, write_json
 from fusionroute.members import Member
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens, digest_sequences
@@ -181,6 +181,8 @@ def read_columns(folder: Path, sequences: Sequence[Tokens]) -> list[dict[str, Te
     found = len(columns["logprobs"])
     if found != sum(lengths):
         raise FusionRouteError(f"{folder} annotates {found} tokens, the data has {sum(lengths)}: annotate again")
+    if read_json(folder / "key.json")["sequences"] != digest_sequences(sequences):
+        raise FusionRouteError(f"{folder} annotates other rows, or the same ones in another order: annotate again")
     return _by_sequence(columns, sequences)
 
 

@@ -65,7 +65,8 @@ def tokenize_turns(tokenizer: Any, prompt: Sequence[Mapping[str, str]], answer: 
     full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=True)["input_ids"]
     start = next((i for i, (a, b) in enumerate(zip(head, full, strict=False)) if a != b), min(len(head), len(full)))
     # Templates put a line break after the end of a turn; no model is asked to write it.
-    ends = {tokenizer.eos_token_id}
+    # The end of a turn need not be the end of a text: Gemma's is another special token.
+    ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     stop = len(full)
     while stop > start and full[stop - 1] not in ends:
         stop -= 1
@@ -202,8 +203,9 @@ class Collator:
             columns["domain"].append(torch.full((count,), self.domains.index(item.domain)))
             columns["logprobs"].append(annotation["logprobs"])
             columns["greedy"].append(annotation["greedy"].long())
-            columns["reference"].append(annotation.get("reference", torch.zeros(count)))
-            columns["routes"].append(annotation.get("routes", torch.zeros(count)).long())
+            # Only pairs have a reference; zeros in its place would be a reference too.
+            columns["reference"].append(annotation["reference"] if item.is_pair else torch.zeros(count))
+            columns["routes"].append(annotation["routes"].long() if item.is_pair else torch.zeros(count).long())
         batch = {key: torch.cat(values) for key, values in columns.items()}
         sft = [s for s, item, _ in sequences if not item.is_pair]
         batch |= {"input_ids": ids, "attention_mask": mask}

@@ -93,8 +93,10 @@ def _trainer_class(sft_trainer: type) -> Any:
             lm = model.get_base_model()
             labels = inputs["labels"][:, 1:]
             where = labels != -100
-            hidden = hidden_states(lm, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            scores = score_labels(hidden[:, :-1][where], Head(lm), labels[where])
+            # accelerate puts autocast around the model's own forward only.
+            with self.accelerator.autocast():
+                hidden = hidden_states(lm, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                scores = score_labels(hidden[:, :-1][where], Head(lm), labels[where])
             return -scores.logprobs.sum() / num_items_in_batch
 
     return ExpertTrainer

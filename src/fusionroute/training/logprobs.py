@@ -51,6 +51,8 @@ class Head:
         ids = torch.arange(4, device=model.device).unsqueeze(0)
         own = model(input_ids=ids, use_cache=False).logits[..., : self.vocab_size].float()
         ours = self(hidden_states(model, input_ids=ids)).float()
+        if not own.isfinite().all():
+            raise FusionRouteError(f"{type(model).__name__} gives logits that are not finite: its weights are damaged")
         if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
             raise FusionRouteError(
                 f"{type(model).__name__} changes its logits after the LM head in a way unknown here (difference "

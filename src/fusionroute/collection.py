@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionroute import sources, vocabulary
+from fusionroute import sources, vocabulary, weights
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, check_names
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_folder, write_json
@@ -182,18 +182,16 @@ def assemble(
         configs = {}
         for spec in specs:
             folder = sources.resolve(spec.source, revision=spec.revision, relative_to=relative_to)
-            sources.check_model_folder(folder)
+            weights.check_model(folder)
             configs[spec.name] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             ends += _end_ids(folder, configs[spec.name])
-            spec = replace(
-                spec, digest=sources.weights_digest(folder), license=spec.license or sources.license_of(folder)
-            )
+            spec = replace(spec, digest=weights.digest(folder), license=spec.license or weights.license_of(folder))
             if spec.adapter is not None:
                 adapter = sources.resolve(
                     spec.adapter, revision=spec.adapter_revision, relative_to=relative_to, what="adapter"
                 )
                 _check_base_of(spec, adapter)
-                spec = replace(spec, adapter_digest=sources.weights_digest(adapter))
+                spec = replace(spec, adapter_digest=weights.digest(adapter))
                 _copy_adapter(adapter, scratch / spec.module, spec)
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
             if spec.adapter is None and spec.name in embed:
@@ -325,14 +323,14 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
                 _copy_adapter(member.adapter_folder, folder, spec)
                 if spec.is_router:
                     save_router_adapter(member, folder)
-                    spec = replace(spec, adapter_digest=sources.weights_digest(folder))
+                    spec = replace(spec, adapter_digest=weights.digest(folder))
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
             if embedded:
                 key = (spec.source, spec.revision)
                 if key not in copies:
                     copies[key] = _embed(member, spec, scratch, config)
                 name = copies[key]
-                spec = replace(spec, source=f"./{name}", revision=None, digest=sources.weights_digest(scratch / name))
+                spec = replace(spec, source=f"./{name}", revision=None, digest=weights.digest(scratch / name))
             elif spec.is_router and spec.adapter is None and not holds(member.model, member.folder):
                 raise UsageError(
                     f"the router was changed in memory, but the collection refers to {spec.source}: pass embed=True"

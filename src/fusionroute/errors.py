@@ -14,3 +14,8 @@ class UsageError(FusionRouteError):
     """The call itself is wrong: an unknown expert, a prompt that does not fit, two options that exclude each other."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its kind if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

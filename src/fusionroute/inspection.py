@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fusionroute import sources, vocabulary
+from fusionroute import vocabulary, weights
 from fusionroute.card import short_digest, short_source
 from fusionroute.errors import FusionRouteError
 
@@ -133,10 +133,10 @@ def _inspect_member(
         return member
     try:
         _read_weights(member, member.folder, adapter)
-        found = sources.weights_digest(member.folder)
+        found = weights.digest(member.folder)
         entry["digest_matches"] = _compare(member, "model", spec.digest, found, other_base)
         if adapter is not None:
-            found = sources.weights_digest(adapter)
+            found = weights.digest(adapter)
             entry["adapter_digest_matches"] = _compare(member, "adapter", spec.adapter_digest, found)
         own = _template(member.folder)
         entry["template"] = "none" if own is None else "same" if own == template else "differs"
@@ -151,11 +151,11 @@ def _read_weights(member: _Found, folder: Path, adapter: Path | None) -> None:
     from transformers.cache_utils import DynamicLayer
 
     entry = member.entry
-    tensors = sources._read_tensors(folder).values()
+    tensors = weights.read_tensors(folder).values()
     entry["parameters"], stored, entry["dtype"] = _measure(tensors)
     entry["bytes"] = stored
     if adapter is not None:
-        tensors = sources._read_header(adapter / "adapter_model.safetensors").values()
+        tensors = weights.read_header(adapter / "adapter_model.safetensors").values()
         entry["adapter_parameters"], more, _ = _measure(tensors)
         entry["bytes"] += more
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusionroute import sources
+from fusionroute import sources, weights
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json
@@ -116,7 +116,7 @@ def load_model(folder: Path, options: LoadOptions) -> "PreTrainedModel":
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sources.check_model_folder(folder)
+    weights.check_model(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         attention = {}
@@ -153,7 +153,7 @@ def check_digest(spec: MemberSpec, folder: Path, *, override: bool) -> None:
     """
     if spec.digest is None:
         return
-    found = sources.weights_digest(folder)
+    found = weights.digest(folder)
     if found == spec.digest:
         return
     if override:
@@ -170,7 +170,7 @@ def check_digest(spec: MemberSpec, folder: Path, *, override: bool) -> None:
 
 
 def check_adapter_digest(spec: MemberSpec, folder: Path) -> None:
-    found = sources.weights_digest(folder)
+    found = weights.digest(folder)
     if spec.adapter_digest not in (None, found):
         raise FusionRouteError(
             f"{spec.name}: adapter {folder} has digest {found}, the collection expects {spec.adapter_digest}: "
@@ -186,7 +186,7 @@ def attach_adapter(model: "PreTrainedModel", peft: "PeftModel | None", folder: P
     """
     from peft import LoraConfig, PeftConfig, PeftModel
 
-    sources.check_adapter_folder(folder)
+    weights.check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         kind = read_json(folder / "adapter_config.json").get("peft_type")

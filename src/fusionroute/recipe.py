@@ -18,7 +18,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from fusionroute import sources
+from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, write_json
 from fusionroute.training.lora import LoraSettings
@@ -168,7 +168,7 @@ class Run:
         recipe = self.recipe
         say(f"base: {recipe.base}")
         base = sources.resolve(recipe.base, revision=recipe.revision)
-        digest = sources.weights_digest(base)
+        digest = weights.digest(base)
         experts = [self._expert(section, digest) for section in recipe.experts]
         untrained = self._assemble("collection-untrained", experts, None, {})
         sft = self._phase("sft", untrained, recipe.sft)
@@ -338,7 +338,7 @@ def digest_rows(rows: list[dict]) -> str:
 
 
 def _adapter_digest(adapter: str | None) -> str | None:
-    return None if adapter is None else sources.weights_digest(sources.resolve(adapter, what="adapter"))
+    return None if adapter is None else weights.digest(sources.resolve(adapter, what="adapter"))
 
 
 def _head_digest(folder: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionroute import fusion, sources
+from fusionroute import fusion, weights
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json, staged_file, write_json
 from fusionroute.members import Member
@@ -34,8 +34,8 @@ def annotation_key(
     assert member.folder is not None
     return {
         "sequences": digest_sequences(sequences),
-        "weights": sources.weights_digest(member.folder),
-        "adapter": None if member.adapter_folder is None else sources.weights_digest(member.adapter_folder),
+        "weights": weights.digest(member.folder),
+        "adapter": None if member.adapter_folder is None else weights.digest(member.adapter_folder),
         "dtype": str(member.model.dtype).removeprefix("torch."),
         "attention": member.config._attn_implementation,
         "vocab_size": vocab_size,

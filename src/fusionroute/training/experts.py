@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fusionroute import sources
+from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, load_model
 from fusionroute.training.logprobs import Head, hidden_states, score_labels
@@ -70,7 +70,7 @@ def train_expert(
         train_to_the_end(trainer, run)
     provenance = {
         "base": base,
-        "base_digest": sources.weights_digest(folder),
+        "base_digest": weights.digest(folder),
         "rows": len(rows),
         "tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,

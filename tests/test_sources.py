@@ -216,9 +216,9 @@ def test_missing_config_is_named(folder: Path) -> None:
 
 
 def test_half_written_weights_are_named_with_both_sizes(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    size = weights.stat().st_size
-    os.truncate(weights, size - 100)
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size - 100)
     with pytest.raises(FusionRouteError, match=rf"model\.safetensors .*{size - 100} bytes, its header says {size}"):
         weights.check_model(folder)
 
@@ -453,7 +453,7 @@ def test_conversion_says_one_line_and_happens_once(tmp_path: Path, capfd: pytest
 
 def test_two_processes_convert_one_file_once(tmp_path: Path, home: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
-    code = f"from fusionroute import sources; print(weights.digest(sources.resolve({str(path)!r})))"
+    code = f"from fusionroute import sources, weights; print(weights.digest(sources.resolve({str(path)!r})))"
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}

@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ class Oracle:
         self.models = []
         for spec in specs:
             source = base if base is not None and spec["source"] == specs[0]["source"] else folder / spec["source"]
-            model = AutoModelForCausalLM.from_pretrained(source).eval()
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
             if spec["adapter"] is not None:
                 model = PeftModel.from_pretrained(model, str(folder / spec["adapter"])).eval()
             self.models.append(model)
@@ -254,3 +255,72 @@ def refuses() -> "Callable[..., contextlib.AbstractContextManager[None]]":
         assert [str(word) for word in words if str(word) not in message] == [], message
 
     return check
+
+
+@pytest.fixture
+def copy(make_collection: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A private copy of a collection, to be damaged; its references still point at the shared members."""
+
+    def make(shape: str) -> Path:
+        return Path(shutil.copytree(make_collection(shape), tmp_path / f"copy_{shape}"))
+
+    return make
+
+
+@pytest.fixture
+def embedded(load: "Callable[[str], FusionRouteForCausalLM]", tmp_path: Path) -> Callable[[str], Path]:
+    """A private collection with all its members inside, to be damaged."""
+
+    def make(shape: str) -> Path:
+        load(shape).save_pretrained(tmp_path / f"embedded_{shape}", embed=True)
+        return tmp_path / f"embedded_{shape}"
+
+    return make
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a tiny model folder with its tokenizer."""
+    from fusionroute import tiny
+
+    def make(name: str, *, vocab_size: int = 320, eos: str = "<|im_end|>", **settings: Any) -> Path:
+        tokenizer = tiny.make_tokenizer(tmp_path / name, vocab_size=vocab_size, eos=eos)
+        tiny.make_model(tmp_path / name, vocab_size=len(tokenizer), width=16, **settings)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty, offline HF_HOME."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf-home"
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A whole tiny model."""
+    from weight_files import tiny_model
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Path:
+    """A LoRA adapter, of no model in particular."""
+    import safetensors.torch
+    import torch
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    safetensors.torch.save_file({"a.lora_A.weight": torch.ones(2, 4)}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["v_proj", "q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -27,6 +27,7 @@ def feed(cache: FusionCache, names: Sequence[str], first: int, count: int, rows:
             keys = torch.arange(first, first + count).float().view(1, 1, count, 1).repeat(rows, 1, 1, 4)
             keys += 100 * torch.arange(rows).float().view(rows, 1, 1, 1) + 1000 * number
             cache.members[member].update(keys, keys.clone(), number)
+    cache.advance(names, count)
 
 
 def rows_of(cache: FusionCache) -> list[int]:

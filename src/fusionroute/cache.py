@@ -22,6 +22,7 @@ class FusionCache(Cache):
 
     Attributes:
         members: member name to its cache.
+        lengths: member name to the tokens it has seen: all there are, or none, or those before a policy left it out.
         routes: `[B, K]`, the expert chosen at each of the K positions that gave logits; column k is in the row order
             of its own step, so beam search gathers it by `beam_indices`.
         positions: `[K]`, where in the row (padding counted) each of them is.
@@ -29,7 +30,10 @@ class FusionCache(Cache):
     """
 
     def __init__(self, configs: Mapping[str, Any]) -> None:
+        self.configs = dict(configs)
         self.members = {name: DynamicCache(config=config) for name, config in configs.items()}
+        # Counted here, since what a sliding layer says of its length after a crop depends on transformers' version.
+        self.lengths = dict.fromkeys(self.members, 0)
         self.routes: Tensor | None = None
         self.positions: Tensor | None = None
         self.query_routes: Tensor | None = None
@@ -43,10 +47,9 @@ class FusionCache(Cache):
         """
         seen = self.get_seq_length()
         for name in names:
-            length = self.members[name].get_seq_length()
-            if length != seen:
+            if self.lengths[name] != seen:
                 raise UsageError(
-                    f"this cache holds {seen} tokens but {name} has seen {length} of them: "
+                    f"this cache holds {seen} tokens but {name} has seen {self.lengths[name]} of them: "
                     "it was filled with another `expert` or `alpha`; start a new one"
                 )
         return {name: self.members[name] for name in names}
@@ -54,7 +57,12 @@ class FusionCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if layer_idx != 0:
             return super().get_seq_length(layer_idx)
-        return max(cache.get_seq_length() for cache in self.members.values())
+        return max(self.lengths.values())
+
+    def advance(self, names: Iterable[str], tokens: int) -> None:
+        """Note that the members `names` have seen `tokens` more."""
+        for name in names:
+            self.lengths[name] += tokens
 
     def record(self, routes: Tensor, positions: Tensor) -> None:
         """Append the routes `[B, K]` of one forward, taken at `positions [K]`."""
@@ -74,8 +82,7 @@ class FusionCache(Cache):
         return found
 
     def reset(self) -> None:
-        super().reset()
-        self.routes = self.positions = self.query_routes = None
+        self.__init__(self.configs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -83,12 +90,13 @@ class FusionCache(Cache):
             self.query_routes = self.query_routes.index_select(0, beam_idx.to(self.query_routes.device))
 
     def crop(self, tokens_to_remove: int) -> None:
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 passes a tensor
         before = self.get_seq_length()
         after = tokens_to_remove if tokens_to_remove > 0 else before + tokens_to_remove
-        for cache in self.members.values():
-            length = cache.get_seq_length()
-            if length:  # else a policy left this member out
-                cache.crop(-max(length - after, 0))  # cropping by 0 still shrinks sliding windows
+        for name, cache in self.members.items():
+            if self.lengths[name]:  # else a policy left this member out
+                cache.crop(-max(self.lengths[name] - after, 0))  # cropping by 0 still shrinks sliding windows
+                self.lengths[name] = min(self.lengths[name], after)
         if self.routes is not None and self.positions is not None:
             kept = self.positions < after
             self.routes, self.positions = self.routes[:, kept], self.positions[kept]

@@ -119,17 +119,17 @@ def load_model(folder: Path, options: LoadOptions) -> "PreTrainedModel":
     weights.check_model(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-        attention = {}
-        if options.attn_implementation is not None:
-            supported = config.model_type != "gemma2" or options.attn_implementation != "sdpa"
-            attention = {"attn_implementation": options.attn_implementation if supported else "eager"}
+        attention = options.attn_implementation
+        # sdpa leaves attention's soft-capping out (Gemma-2); transformers 5.16 takes it by default all the same.
+        if getattr(config, "attn_logit_softcapping", None) is not None and attention in (None, "sdpa"):
+            attention = "eager"
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=options.dtype or "auto",
             output_loading_info=True,
             trust_remote_code=options.trust_remote_code,
-            **attention,
+            **({} if attention is None else {"attn_implementation": attention}),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FusionRouteError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error

@@ -179,6 +179,8 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
                 for member in running
             ]
         each = [logits[..., : self.config.vocab_size] for logits in each]
+        if cache is not None:
+            cache.advance(names, input_ids.shape[1])
         shape = each[0].shape[:2]
 
         if forced is not None:

@@ -4,15 +4,20 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from equations import VOCAB as CROPPED
+from transformers import TrainerCallback
 
 from fusionroute import tiny
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens
+from fusionroute.training.running import make_arguments
+from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
 
 VOCAB = 320
 NAMES = ("math", "code", "general")
@@ -109,3 +114,59 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     return run
+
+
+class Watch(TrainerCallback):
+    """Copies of the gradients before, and of the head and its optimizer state after, each step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.heads: list[torch.Tensor] = []
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        named = model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        self.heads.append(model.route_head.weight.detach().clone())
+        self.states.append({k: v.clone() for k, v in optimizer.state.get(model.route_head.weight, {}).items()})
+
+
+@pytest.fixture
+def make_router(make_lm: Callable[..., Any], make_head: Callable[..., RouteHead]) -> Callable[..., RouterForTraining]:
+    def make(family: str = "llama", *, lora: bool = True, **options: Any) -> RouterForTraining:
+        lm = make_lm(family, lora=lora, **options)
+        return RouterForTraining(lm if lora else lm.requires_grad_(True), make_head(), CROPPED)
+
+    return make
+
+
+@pytest.fixture
+def items(make_items: Callable[..., list[Item]]) -> Callable[..., list[Item]]:
+    return lambda sft, pairs, **options: make_items(sft, pairs, vocab=CROPPED, **options)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., RouterTrainer]:
+    """A trainer of one step on everything with a learning rate of zero, unless told otherwise."""
+
+    def make(model: RouterForTraining, data: Sequence[Item], **given: Any) -> RouterTrainer:
+        arguments = {
+            "per_device_train_batch_size": len(data),
+            "max_steps": 1,
+            "learning_rate": 0.0,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_grad_norm": 0.0,
+            "logit_chunk": 5,
+        }
+        args = make_arguments(RouterArguments, tmp_path / "run", arguments | given)
+        trainer = RouterTrainer(model, args, data, callbacks=[Watch()])
+        trainer.watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+        return trainer
+
+    return make

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -325,10 +327,15 @@ def test_routes_of_assisted_tokens_are_those_of_teacher_forcing(
     assert output.routes.tolist() == [routes_of(oracle(shape), REPEATING, new)]
 
 
-def test_collection_drafts_for_another_model(load: Load, assistant: Any) -> None:
+# transformers 5.16 cannot draft with any Gemma-2: its sliding cache hands out more than the mask was told of.
+OLD = pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="sliding drafters need 5.18")
+
+
+@pytest.mark.parametrize("shape", ["adapters", "qwen2", pytest.param("gemma2", marks=OLD)])
+def test_collection_drafts_for_another_model(load: Load, assistant: Any, shape: str) -> None:
     ids = torch.tensor([ROWS[0]])
     alone = assistant.generate(ids, max_new_tokens=NEW, do_sample=False)
-    drafted = assistant.generate(ids, max_new_tokens=NEW, do_sample=False, assistant_model=load("gemma2"))
+    drafted = assistant.generate(ids, max_new_tokens=NEW, do_sample=False, assistant_model=load(shape))
     assert torch.equal(drafted, alone)
 
 

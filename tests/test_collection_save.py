@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fusionroute import collection, tiny
+from fusionroute import collection, tiny, weights
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.modeling import FusionRouteForCausalLM
@@ -297,6 +297,20 @@ def test_pushed_adapter_does_not_tell_where_its_base_lay(
     # As PEFT writes it for a base that was loaded from a folder.
     settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    expert = MemberSpec("math", str(base), adapter=str(adapter))
+    collection.assemble(tmp_path / "out", MemberSpec("router", str(base)), [expert])
+    FusionRouteForCausalLM.from_pretrained(tmp_path / "out").push_to_hub("me/collection", embed=True)
+    assert [name for name, content in hub.files.items() if str(base).encode() in content] == []
+
+
+def test_pushed_provenance_does_not_tell_where_the_base_lay(
+    models: Callable[..., Path], tmp_path: Path, hub: SimpleNamespace
+) -> None:
+    base, adapter = models("base"), tmp_path / "adapter"
+    tiny.make_adapter(adapter, tiny.make_model(base, width=16))
+    # As training writes it.
+    provenance = {"base": str(base), "base_digest": weights.digest(base)}
+    (adapter / "provenance.json").write_text(json.dumps(provenance))
     expert = MemberSpec("math", str(base), adapter=str(adapter))
     collection.assemble(tmp_path / "out", MemberSpec("router", str(base)), [expert])
     FusionRouteForCausalLM.from_pretrained(tmp_path / "out").push_to_hub("me/collection", embed=True)

@@ -12,6 +12,7 @@ Layout (every member's folder is what transformers or PEFT would write, so each 
 Loads no weights; `fusionroute.modeling` does.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -267,9 +268,13 @@ def _is_local(source: str, relative_to: Path | None = None) -> bool:
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the tokenizer's files; a large vocabulary without its line breaks is two thirds of the size."""
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    if (folder / "tokenizer.json").is_file():
+        compact = json.dumps(read_json(folder / "tokenizer.json"), ensure_ascii=False, separators=(",", ":"))
+        (out / "tokenizer.json").write_text(compact, encoding="utf-8")
 
 
 def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,25 +89,18 @@ def logged(run: Path, *keys: str) -> list[list[float]]:
 
 def trls_own(base: Path, rows: list[dict], out: Path, **more: Any) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Losses, gradient norms and the adapter of trl's trainer, set up without fusionroute."""
-    config = trl.SFTConfig(
-        output_dir=str(out), report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-        gradient_checkpointing=False, **{k: v for k, v in (STEPS | more).items() if k != "save_steps"},
-    )  # fmt: skip
+    given = STEPS | {"gradient_checkpointing": False, "save_strategy": "no"} | more
+    config = trl.SFTConfig(output_dir=str(out), report_to="none", disable_tqdm=True, use_cpu=True, **given)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(config.seed)
     shape = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    import datasets
-
-    data = datasets.Dataset.from_list(
-        [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
-    )
+    data = datasets.Dataset.from_list([{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows])
     trainer = trl.SFTTrainer(
         model=get_peft_model(model, shape), args=config, train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(base),
     )  # fmt: skip
     trainer.train()
     history = [[e["loss"], e["grad_norm"]] for e in trainer.state.log_history if "loss" in e]
-    from peft import get_peft_model_state_dict
 
     return history, {k: v.clone() for k, v in get_peft_model_state_dict(trainer.model).items()}
 
@@ -154,10 +148,15 @@ def test_an_option_of_trls_means_what_it_means_there(
 
 
 def test_a_batch_without_a_token_to_learn_is_survived(train: Any, tmp_path: Path) -> None:
-    """Where max_length cuts a prompt, nothing of the completion is left; trl gives that batch a loss of zero."""
+    """Where max_length cuts a prompt, nothing of the completion is left to learn from."""
     rows = [chat("How many cows has the farmer now? " * 4, "3")] * 8
     train([*rows, chat("Hi", "He has")], max_length=24, per_device_train_batch_size=1, gradient_accumulation_steps=1)
     assert all(math.isfinite(loss) for (loss,) in logged(tmp_path / "run", "loss"))
+
+
+def test_rows_that_max_length_cuts_to_nothing_are_refused(train: Any, refuses: Any) -> None:
+    with refuses(FusionRouteError, "expert math"):
+        train([chat("How many cows has the farmer now? " * 4, "3")] * 4, max_length=24)
 
 
 def test_the_first_loss_is_the_last_answers_alone(train: Any, make_base: Any, tmp_path: Path) -> None:
@@ -167,7 +166,9 @@ def test_the_first_loss_is_the_last_answers_alone(train: Any, make_base: Any, tm
     losses = []
     for row in ROWS:
         turns = row["messages"]
-        start = len(tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
+        start = len(
+            tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
         ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

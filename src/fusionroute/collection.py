@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGED = Path(__file__).parent / "collections"
 DEFAULT = "smollm2"
+PROVENANCE = "provenance.json"  # beside an adapter: the base it was trained on, and how
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -254,7 +255,7 @@ def _end_ids(folder: Path, config: Any) -> list[int]:
 
 def _check_base_of(spec: MemberSpec, adapter: Path) -> None:
     """Refuse an adapter whose provenance names another base than `spec` does."""
-    provenance = adapter / "provenance.json"
+    provenance = adapter / PROVENANCE
     trained_on = read_json(provenance).get("base_digest") if provenance.is_file() else None
     if trained_on not in (None, spec.digest):
         raise FusionRouteError(
@@ -279,9 +280,13 @@ def _copy_tokenizer(folder: Path, out: Path) -> None:
 
 def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:
     out.mkdir()
-    for name in ("adapter_model.safetensors", "provenance.json"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    shutil.copyfile(folder / "adapter_model.safetensors", out / "adapter_model.safetensors")
+    if (folder / PROVENANCE).is_file():
+        provenance = read_json(folder / PROVENANCE)
+        base = provenance.get("base")
+        # A path of the machine that trained it is nobody else's business; the digest says which base it was.
+        path = base is not None and sources.Source.parse(base, relative_to=out).kind == "local"
+        write_json(out / PROVENANCE, provenance | {"base": None if path else base})
     # PEFT wrote the path it trained from, which means nothing elsewhere; a Hub id lets PEFT load it on its own.
     config = read_json(folder / "adapter_config.json")
     hub = sources.Source.parse(spec.source, relative_to=out).kind == "hub"

@@ -6,9 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fusionroute.collection import PROVENANCE
 from fusionroute.files import staged_folder, write_json
-
-PROVENANCE = "provenance.json"
 
 
 class LoraSettings(BaseModel):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fusionroute import sources
+from fusionroute.collection import PROVENANCE
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import staged_folder, write_json
@@ -20,7 +21,7 @@ from fusionroute.members import LoadOptions, load_members, load_model
 from fusionroute.router import RouteHead, head_width
 from fusionroute.training.annotation import annotate, sequences_of, with_annotations
 from fusionroute.training.data import Item
-from fusionroute.training.lora import PROVENANCE, LoraSettings, lora_config, save_adapter
+from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
 from fusionroute.training.running import make_arguments, quiet, train_to_the_end
 from fusionroute.training.trainer import RouterArguments, RouterForTraining, RouterTrainer
 

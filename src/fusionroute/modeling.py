@@ -126,18 +126,8 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UsageError: an unknown expert or routing, `inputs_embeds`, ids outside the common vocabulary.
         """
-        unknown = sorted(set(kwargs) - _UNUSED)
-        if unknown:
-            raise UsageError(f"forward does not take {', '.join(unknown)}")
-        if kwargs.get("inputs_embeds") is not None or input_ids is None:
-            raise UsageError("pass input_ids: members differ in width, so they cannot share inputs_embeds")
-        if routing not in ("token", "query", "uniform"):
-            raise UsageError(f"routing must be token, query or uniform, not {routing!r}")
-        if past_key_values is not None and not isinstance(past_key_values, FusionCache):
-            kind = type(past_key_values).__name__
-            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {kind}")
-        if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:
-            raise UsageError(f"token id {int(input_ids.max())}: the members share {self.config.vocab_size} ids")
+        self._refuse_bad_call(input_ids, past_key_values, routing, kwargs)
+        assert input_ids is not None
         alpha = self.config.alpha if alpha is None else alpha
         forced = None if expert is None else self.config.expert_index(expert)
         cache = past_key_values
@@ -208,6 +198,22 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             router_logits=router_logits,
             expert_logits=expert_logits,
         )
+
+    def _refuse_bad_call(
+        self, input_ids: Tensor | None, past_key_values: Any, routing: str, kwargs: dict[str, Any]
+    ) -> None:
+        unknown = sorted(set(kwargs) - _UNUSED)
+        if unknown:
+            raise UsageError(f"forward does not take {', '.join(unknown)}")
+        if kwargs.get("inputs_embeds") is not None or input_ids is None:
+            raise UsageError("pass input_ids: members differ in width, so they cannot share inputs_embeds")
+        if routing not in ("token", "query", "uniform"):
+            raise UsageError(f"routing must be token, query or uniform, not {routing!r}")
+        if past_key_values is not None and not isinstance(past_key_values, FusionCache):
+            kind = type(past_key_values).__name__
+            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {kind}")
+        if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:
+            raise UsageError(f"token id {int(input_ids.max())}: the members share {self.config.vocab_size} ids")
 
     @staticmethod
     def _decision_columns(

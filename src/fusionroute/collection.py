@@ -220,7 +220,7 @@ def assemble(
         )
         config.set_members(kept[0], kept[1:])
         # Copied, not loaded and saved: transformers picks a tokenizer class by model type and may rewrite the rules.
-        _copy_tokenizer(tokenizers[ROUTER], scratch)
+        copy_tokenizer(tokenizers[ROUTER], scratch)
         config.pad_token_id = AutoTokenizer.from_pretrained(scratch).pad_token_id
         config.save_pretrained(scratch)
         _write_generation_config(scratch, tokenizers[ROUTER], config)
@@ -268,7 +268,7 @@ def _is_local(source: str, relative_to: Path | None = None) -> bool:
     return sources.Source.parse(source, relative_to=relative_to).kind == "local"
 
 
-def _copy_tokenizer(folder: Path, out: Path) -> None:
+def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copy the tokenizer's files; a large vocabulary without its line breaks is two thirds of the size."""
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -352,7 +352,7 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
         (scratch / ROUTER).mkdir(exist_ok=True)
         model.router.route_head.save(scratch / ROUTER)
         assert model.folder is not None
-        _copy_tokenizer(model.folder, scratch)
+        copy_tokenizer(model.folder, scratch)
         write_card(scratch, config)
 
 
@@ -369,7 +369,7 @@ def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) 
         name = next(n for n in ("base", *(f"base_{i}" for i in range(2, 100))) if not (out / n).exists())
     if spec.is_router and len(users) == 1 and spec.adapter is None and not holds(member.model, member.folder):
         member.model.save_pretrained(out / name)
-        _copy_tokenizer(member.folder, out / name)
+        copy_tokenizer(member.folder, out / name)
     else:
         _copy_model(member.folder, out / name)
     return name

@@ -79,11 +79,14 @@ def train(
     config, items = run.items(section.data, f"rows of {phase}", folder)
     work = out.with_name(f"{out.name}.work")
     # Checkpoints of other settings or rows must not be gone on from.
-    settings = [phase, config.to_json_string(), digest_sequences(sequences_of(items)), section.training, str(dtype)]
+    lora = run.recipe.router.lora
+    shape = None if lora is None else lora.model_dump()
+    settings = [phase, config.to_json_string(), digest_sequences(sequences_of(items)), section.training, shape]
+    settings += [str(options.dtype), base]
     run_folder = work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     common: dict[str, Any] = {"arguments": section.training, "run": run_folder, "options": options, "base": base}
     if phase == "sft":
-        common["lora"] = run.recipe.router.lora
+        common["lora"] = lora
     function = phases.sft if phase == "sft" else phases.cdpo
     function(config, folder, items, annotations, work / "router", **common)
     router = phases.router_spec(config.router_spec, work / "router")

@@ -235,7 +235,7 @@ def test_figures_of_both_phases_are_handed_back(both: Phases) -> None:
 
 @pytest.mark.parametrize("phase", ["sft", "cdpo"])
 def test_the_run_leaves_its_log(both: Phases, phase: str) -> None:
-    log = json.loads((both.root / f"run-{phase}" / "log.json").read_text())
+    log = json.loads((both.root / phase / "log.json").read_text())
     assert [e["step"] for e in log if "loss" in e] == [4]
 
 
@@ -365,5 +365,5 @@ def test_a_weight_that_is_not_finite_is_not_exported(make_router: Any, tmp_path:
     router = make_router()
     next(p for p in router.parameters() if p.requires_grad).data[0] = float("inf")
     with refuses(FusionRouteError, "not finite"):
-        phases.export_router(router, tmp_path / "out", torch.float32, {})
+        phases.export_router(router, tmp_path / "out", torch.float32, {}, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -66,6 +66,10 @@ def train_expert(
             processing_class=AutoTokenizer.from_pretrained(folder),
             callbacks=[Progress(f"expert {name}"), StopOnNan()],
         )
+        if len(trainer.train_dataset) == 0:
+            raise FusionRouteError(
+                f"expert {name}: max_length {config.max_length} cuts all {len(rows)} rows short of an answer: raise it"
+            )
         trainer.remove_callback(PrinterCallback)
         train_to_the_end(trainer, run)
     provenance = {
@@ -87,8 +91,9 @@ def _trainer_class(sft_trainer: type) -> Any:
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            # Data parallelism hooks into the wrapped model's forward, which this loss does not call.
-            if return_outputs or self.args.world_size > 1 or num_items_in_batch is None:
+            # Ours is the plain loss on padded rows; data parallelism hooks into a forward that it does not call.
+            plain = self.args.loss_type == "nll" and self.label_smoother is None and "attention_mask" in inputs
+            if return_outputs or self.args.world_size > 1 or num_items_in_batch is None or not plain:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             lm = model.get_base_model()
             labels = inputs["labels"][:, 1:]

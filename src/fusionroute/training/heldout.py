@@ -93,7 +93,10 @@ def _measure_batch(
             "fused": fusion.fuse(logits[0], fusion.select(logits[1:], routes[piece]), model.config.alpha),
             "uniform": fusion.product(logits[1:]),
         }
-        systems |= {f"fixed {m.name}": fusion.fuse(logits[0], logits[i + 1]) for i, m in enumerate(model.experts)}
+        systems |= {
+            f"fixed {m.name}": fusion.fuse(logits[0], logits[i + 1], model.config.alpha)
+            for i, m in enumerate(model.experts)
+        }
         for name, values_of in systems.items():
             label = values_of.gather(-1, labels[piece].unsqueeze(-1)).squeeze(-1)
             fused.setdefault(f"nll/{name}", []).append((values_of.logsumexp(-1) - label).cpu())
@@ -124,8 +127,13 @@ def _summary(table: dict[str, Tensor], names: list[str], draws: int, generator: 
     totals = {name: weights @ values for name, values in table.items()}
     size = totals["informative"].clamp(min=1)
 
+    # A draw without a position of S says nothing; rows without one at all have zeros for figures.
+    used = totals["informative"][1:] > 0
+
     def interval(values: Tensor) -> list[float]:
-        low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        if not used.any() or totals["informative"][0] == 0:
+            return [0.0, 0.0, 0.0]
+        low, high = values[1:][used].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return [float(values[0]), low, high]
 
     means = {name: total / size for name, total in totals.items() if "/" in name or name == "accuracy"}
@@ -141,7 +149,7 @@ def _summary(table: dict[str, Tensor], names: list[str], draws: int, generator: 
         "top1": {k.removeprefix("top1/"): interval(v) for k, v in means.items() if k.startswith("top1/")},
         "shares": {name: float(means[f"share/{name}"][0]) for name in names},
         "routing_accuracy": interval(means["accuracy"]),
-        "gap_closed": interval((experts[best] - means["nll/routed"]) / gap.clamp(min=1e-9)),
+        "gap_closed": interval(torch.where(gap > 1e-6, (experts[best] - means["nll/routed"]) / gap, 0.0)),
         "over_best_expert": interval(means["nll/routed"] / experts[best] - 1),
     }
     return result

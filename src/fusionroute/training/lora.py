@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fusionroute.collection import PROVENANCE
 from fusionroute.files import staged_folder, write_json
+from fusionroute.sources import Source
 
 
 class LoraSettings(BaseModel):
@@ -47,7 +48,8 @@ def save_adapter(model: Any, folder: Path, dtype: Any, provenance: dict[str, Any
         save_file(tensors, weights, {"format": "pt"})
         config_file = scratch / "adapter_config.json"
         config = json.loads(config_file.read_text())
-        config["base_model_name_or_path"] = provenance.get("base")
+        base = provenance.get("base")
+        config["base_model_name_or_path"] = base if base and Source.parse(base).kind == "hub" else None
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
         write_json(scratch / PROVENANCE, provenance)

@@ -5,15 +5,14 @@ What `fusionroute annotate`, `train sft`, `train cdpo` and `fusionroute run` sha
 """
 
 import gc
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusionroute import sources
-from fusionroute.collection import PROVENANCE
+from fusionroute import sources, weights
+from fusionroute.collection import PROVENANCE, copy_tokenizer
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import staged_folder, write_json
@@ -64,7 +63,7 @@ def load_trainable(
     options: LoadOptions,
     seed: int,
 ) -> RouterForTraining:
-    """The router of `collection`, ready to train.
+    """The router of `collection`, ready to train: an adapter in float32 on a base in `options.dtype`, or all float32.
 
     Args:
         spec: the router's.
@@ -76,7 +75,9 @@ def load_trainable(
 
     folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
     with quiet():
-        lm: Any = load_model(folder, LoadOptions(options.dtype, options.device, options.attn_implementation))
+        whole = lora is None and spec.adapter is None
+        dtype = torch.float32 if whole else options.dtype
+        lm: Any = load_model(folder, LoadOptions(dtype, options.device, options.attn_implementation))
         if spec.adapter is not None:
             adapter = sources.resolve(spec.adapter, relative_to=collection, what="adapter")
             lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
@@ -101,14 +102,16 @@ def train_router(
     title: str,
     provenance: dict[str, Any],
     dtype: torch.dtype,
+    tokenizer: Path,
 ) -> dict[str, Any]:
-    """Train on annotated items and write the router folder `out`; returns the last logged figures.
+    """Train on annotated items and write the router folder `out`, its log included; returns the last logged figures.
 
     Args:
         arguments: fields of `RouterArguments`.
         run: folder for checkpoints; a killed run goes on from the newest whole one.
         provenance: what to record beside the weights.
-        dtype: of the adapter as written; training keeps float32.
+        dtype: of the weights as written; training keeps float32.
+        tokenizer: folder whose tokenizer files go beside whole weights.
 
     Raises:
         FusionRouteError: a NaN, no items, an unknown argument, a full disk.
@@ -118,13 +121,14 @@ def train_router(
         trainer = RouterTrainer(model, args, items, title=title)
         train_to_the_end(trainer, run)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    export_router(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)
-    write_json(run / "log.json", trainer.state.log_history)
-    shutil.rmtree(run / "runs", ignore_errors=True)
+    export_router(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance, tokenizer)
+    write_json(out / "log.json", trainer.state.log_history)
     return history[-1] if history else {}
 
 
-def export_router(model: RouterForTraining, out: Path, dtype: torch.dtype, provenance: dict[str, Any]) -> None:
+def export_router(
+    model: RouterForTraining, out: Path, dtype: torch.dtype, provenance: dict[str, Any], tokenizer: Path
+) -> None:
     """Write the trained router as `assemble` takes it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
@@ -134,6 +138,7 @@ def export_router(model: RouterForTraining, out: Path, dtype: torch.dtype, prove
             save_adapter(model.lm, scratch / "adapter", dtype, provenance)
         else:
             model.causal_lm.to(dtype).save_pretrained(scratch / "model")
+            copy_tokenizer(tokenizer, scratch / "model")
             write_json(scratch / "model" / PROVENANCE, provenance)
         model.route_head.trained = True
         model.route_head.save(scratch)
@@ -165,8 +170,9 @@ def sft(
         arguments=arguments,
         run=run,
         title="router, phase 1 (SFT)",
-        provenance=_provenance(spec, "sft", items, arguments),
-        dtype=_export_dtype(model),
+        provenance=_provenance(spec, collection, "sft", items, arguments),
+        dtype=_export_dtype(model, options),
+        tokenizer=collection,
     )
 
 
@@ -201,8 +207,9 @@ def cdpo(
         arguments=arguments,
         run=run,
         title="router, phase 2 (CDPO)",
-        provenance=_provenance(spec, "cdpo", items, arguments),
-        dtype=_export_dtype(model),
+        provenance=_provenance(spec, collection, "cdpo", items, arguments),
+        dtype=_export_dtype(model, options),
+        tokenizer=collection,
     )
 
 
@@ -214,15 +221,20 @@ def router_spec(source: MemberSpec, folder: Path) -> MemberSpec:
     return MemberSpec(ROUTER, str(folder / "model"), license=source.license)
 
 
-def _export_dtype(model: RouterForTraining) -> torch.dtype:
+def _export_dtype(model: RouterForTraining, options: LoadOptions) -> torch.dtype:
     """An adapter is stored as its base is: more digits would be rounded away when it is loaded."""
+    if not model.is_adapter and options.dtype is not None:
+        return options.dtype
     return next(p.dtype for n, p in model.causal_lm.named_parameters() if "lora_" not in n)
 
 
-def _provenance(spec: MemberSpec, phase: str, items: Sequence[Item], arguments: dict[str, Any]) -> dict[str, Any]:
+def _provenance(
+    spec: MemberSpec, collection: Path, phase: str, items: Sequence[Item], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
     return {
         "base": spec.source,
-        "base_digest": spec.digest,
+        "base_digest": weights.digest(folder),  # of what was loaded, which another base may have replaced
         "phase": phase,
         "items": len(items),
         "pairs": sum(item.is_pair for item in items),

@@ -105,7 +105,9 @@ def test_every_stage_leaves_its_result(finished: Path) -> None:
     assert config.head_trained
     assert config.expert_names == ["general", "math", "code"]
     assert set(config.training) >= {"sft", "cdpo", "data"}
-    figures = json.loads((finished / "heldout" / "stage.json").read_text())["result"]
+    assert "top-1 on S, fused" in config.training["scores"]
+    assert "top-1 on S, fused" in (finished / "collection" / "README.md").read_text()
+    figures = json.loads((finished / "heldout" / "routing.json").read_text())
     assert set(figures["domains"]) == {"math", "code", "general"}
     assert not list(finished.glob("checkpoints/*"))
 

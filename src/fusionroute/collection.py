@@ -300,6 +300,16 @@ def _copy_model(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
+def record_scores(folder: Path, scores: dict[str, Any]) -> None:
+    """Put measured figures, `{name: {"value", "low", "high", "n"}}`, into the configuration and the card."""
+    from fusionroute.card import write_card
+
+    config = read_config(folder)
+    config.training = {**(config.training or {}), "scores": scores}
+    write_json(folder / "config.json", json.loads(config.to_json_string()))
+    write_card(folder, config)
+
+
 def local_references(config: FusionRouteConfig) -> list[str]:
     """Members whose weights are named by a path of this machine, as `name (path)`."""
     places = [(s.name, place) for s in config.member_specs for place in (s.source, s.adapter) if place is not None]

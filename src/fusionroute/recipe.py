@@ -1,7 +1,7 @@
 """A recipe: one YAML file from a base to a finished collection, in stages that resume and are skipped when done.
 
 base → experts → annotation → SFT → reference annotation → CDPO → collection → held-out figures. A stage's folder
-carries `stage.json` with the hash of all it depends on; the same hash means it is done. `--tiny` runs every stage on
+has a note in `stages/` with the hash of all it depends on; the same hash means it is done. `--tiny` runs every stage on
 random models and built-in rows in about a minute.
 """
 
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError, UsageError
-from fusionroute.files import read_json, write_json
+from fusionroute.files import read_json, staged_file, write_json
 from fusionroute.training.lora import LoraSettings
 from fusionroute.training.rows import DataSpec, load_counted
 
@@ -112,8 +112,9 @@ class Run:
         """Run `work(folder)` unless `folder` already holds its result for the same `inputs`; returns the folder."""
         folder = self.out / name
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-        marker = folder / "stage.json"
-        if marker.is_file() and read_json(marker)["inputs"] == key:
+        # Beside the folder, not in it: a collection's folder is what gets pushed.
+        marker = self.out / "stages" / f"{name.replace('/', '-')}.json"
+        if folder.exists() and marker.is_file() and read_json(marker)["inputs"] == key:
             say(f"{name}: done before, skipped")
             return folder
         run = self.out / "checkpoints" / f"{name.replace('/', '-')}-{key[:12]}"
@@ -303,14 +304,16 @@ class Run:
         )
 
     def _heldout(self, collection: Path) -> None:
-        from fusionroute.files import staged_file
+        from fusionroute.collection import record_scores
+        from fusionroute.training.heldout import scores
 
-        def work(_run: Path) -> dict[str, Any]:
+        def work(_run: Path) -> None:
             result, text = measure_heldout(self, collection)
+            write_json(self.out / "heldout" / "routing.json", result)
             with staged_file(self.out / "heldout" / "routing.md") as scratch:
                 scratch.write_text(text, encoding="utf-8")
+            record_scores(collection, scores(result))
             say(text)
-            return result
 
         inputs = [
             _tree_digest(collection),

@@ -155,6 +155,22 @@ def _summary(table: dict[str, Tensor], names: list[str], draws: int, generator: 
     return result
 
 
+def scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures that a model card shows: name to value, interval and number of rows."""
+    whole = result["all"]
+    chosen = {
+        f"top-1 on S, {name}": whole["top1"][name]
+        for name in ("fused", "router", "routed", *(f"expert {e}" for e in whole["shares"]))
+    }
+    chosen["NLL on S, routed"] = whole["nll"]["routed"]
+    chosen[f"NLL on S, best expert ({whole['best_expert']})"] = whole["nll"][f"expert {whole['best_expert']}"]
+    chosen["share of the gap to the best expert per token closed"] = whole["gap_closed"]
+    return {
+        name: {"value": value, "low": low, "high": high, "n": whole["rows"]}
+        for name, (value, low, high) in chosen.items()
+    }
+
+
 def render(result: dict[str, Any]) -> str:
     """The figures as Markdown: one table for negative log-likelihood, one for first choices, one for shares."""
     sections = {**result["domains"], "all": result["all"]}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fusionroute import collection, tiny, weights
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.hub import local_references
 from fusionroute.modeling import FusionRouteForCausalLM
 from fusionroute.router import HEAD_FILE
 from on_disk import config_of, digests, logits
@@ -255,7 +256,7 @@ def test_push_of_local_members_is_refused_before_any_network(
 def test_push_names_only_the_local_members(load: Callable[[str], FusionRouteForCausalLM], hub: SimpleNamespace) -> None:
     config = type(load("llama").config).from_dict(load("llama").config.to_dict())
     config.experts[0]["source"] = "org/math"
-    assert [text.split(" ")[0] for text in collection.local_references(config)] == ["router", "code"]
+    assert [text.split(" ")[0] for text in local_references(config)] == ["router", "code"]
 
 
 def test_local_adapter_is_a_local_reference(load: Callable[[str], FusionRouteForCausalLM]) -> None:
@@ -263,7 +264,7 @@ def test_local_adapter_is_a_local_reference(load: Callable[[str], FusionRouteFor
     for member in [config.router, *config.experts]:
         member["source"] = "org/base"
     config.experts[0]["adapter"] = "/somewhere/adapter"
-    assert [text.split(" ")[0] for text in collection.local_references(config)] == ["math"]
+    assert [text.split(" ")[0] for text in local_references(config)] == ["math"]
 
 
 @pytest.mark.parametrize("shape", ["llama", "adapters", "mixed"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusionroute import recipe, weights
+from fusionroute import recipe, tiny, weights
 from fusionroute.collection import read_config
 from fusionroute.errors import FusionRouteError, UsageError
 
@@ -26,7 +26,7 @@ SMOLLM2 = ROOT / "recipes" / "smollm2.yaml"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a finished tiny recipe."""
     out = tmp_path_factory.mktemp("run") / "tiny"
-    recipe.execute(SMOLLM2, out, None, shrink=True)
+    recipe.execute(SMOLLM2, out, None, tiny=True)
     return out
 
 
@@ -93,7 +93,7 @@ def test_what_is_not_yaml(tmp_path: Path) -> None:
 
 def test_missing_data_names_the_file(tmp_path: Path) -> None:
     data = yaml.safe_load(SMOLLM2.read_text())
-    small, folder = recipe.tiny(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
     assert data["name"] == small.name
     (folder / "chat.jsonl").unlink()
     with pytest.raises(FusionRouteError, match=r"chat\.jsonl"):
@@ -114,7 +114,7 @@ def test_every_stage_leaves_its_result(finished: Path) -> None:
 
 def test_a_second_run_does_nothing(finished: Path, capsys: pytest.CaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
-    recipe.execute(SMOLLM2, finished, None, shrink=True)
+    recipe.execute(SMOLLM2, finished, None, tiny=True)
     assert "started" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
 
@@ -125,7 +125,7 @@ def test_a_change_runs_again_only_what_depends_on_it(
     data = yaml.safe_load(SMOLLM2.read_text())
     data["cdpo"]["training"]["beta"] = 0.2
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
-    recipe.execute(tmp_path / "r.yaml", finished, None, shrink=True)
+    recipe.execute(tmp_path / "r.yaml", finished, None, tiny=True)
     started = [line for line in capsys.readouterr().err.splitlines() if line.endswith("started")]
     assert started == ["cdpo: started", "collection: started", "heldout: started"]
 
@@ -134,7 +134,7 @@ def test_a_change_runs_again_only_what_depends_on_it(
 @pytest.mark.parametrize("stage", ["experts/math", "sft", "cdpo"])
 def test_killed_and_run_again_is_uninterrupted(stage: str, tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "killed"
-    call = f"recipe.execute(Path({str(SMOLLM2)!r}), Path({str(out)!r}), None, shrink=True)"
+    call = f"recipe.execute(Path({str(SMOLLM2)!r}), Path({str(out)!r}), None, tiny=True)"
     code = f"from pathlib import Path; from fusionroute import recipe; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ.copy())
     assert process.stderr is not None
@@ -148,7 +148,7 @@ def test_killed_and_run_again_is_uninterrupted(stage: str, tmp_path: Path, finis
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "collection" / "config.json").exists()
-    recipe.execute(SMOLLM2, out, None, shrink=True)
+    recipe.execute(SMOLLM2, out, None, tiny=True)
     whole = tmp_path / "whole"
-    recipe.execute(SMOLLM2, whole, None, shrink=True)
+    recipe.execute(SMOLLM2, whole, None, tiny=True)
     assert result(out) == result(whole)

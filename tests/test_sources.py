@@ -69,7 +69,7 @@ def test_a_bare_path_that_exists_is_local(tmp_path: Path) -> None:
         ("org/name/../x.gguf", "neither on disk nor"),
         ("wheel:p==1/a.gguf", "needs its file's sha256"),
         (f"wheel:p/a.gguf#sha256={SHA}", "wheel:PACKAGE==VERSION"),
-        (f"wheel:--index-url==1/a.gguf#sha256={SHA}", "wheel:PACKAGE==VERSION"),
+        (f"wheel:--pre==1/a.gguf#sha256={SHA}", "wheel:PACKAGE==VERSION"),
         (f"wheel:p==1/../a.gguf#sha256={SHA}", "wheel:PACKAGE==VERSION"),
         ("./a.gguf#sha256=abc", "64 hex digits"),
         (f"org/name#sha256={SHA}", "pin a Hub repository by its revision"),

@@ -25,7 +25,7 @@ SMOLLM2 = Path(__file__).parents[1] / "recipes" / "smollm2.yaml"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny recipe with its base and rows, and the untrained collection `mine` of two experts."""
     folder = tmp_path_factory.mktemp("workflows")
-    recipe.tiny(recipe.load_recipe(SMOLLM2), folder)
+    tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), folder)
     base = folder / "tiny-base"
     tiny.make_adapter(folder / "adapter", load_model(base, LoadOptions()), seed=1)
     experts = [MemberSpec("general", str(base)), MemberSpec("math", str(base), adapter=str(folder / "adapter"))]

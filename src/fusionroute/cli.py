@@ -16,8 +16,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Several frozen, specialised language models answer as one, token by token.",
 )
-train = typer.Typer(no_args_is_help=True, help="Train the router of a collection (phase 1: sft, phase 2: cdpo).")
-app.add_typer(train, name="train")
 
 Collection = Annotated[
     str | None,
@@ -134,7 +132,7 @@ def run(
     """Run a recipe: base, experts, annotation, SFT, CDPO, collection, held-out figures. Resumes; skips what is done."""
     from fusionroute.recipe import execute
 
-    print(execute(recipe, out, data, shrink=tiny))
+    print(execute(recipe, out, data, tiny=tiny))
 
 
 @app.command()
@@ -155,9 +153,10 @@ def annotate(
         print(folder)
 
 
-@train.command()
-def sft(
-    collection: Annotated[str, typer.Argument(help="A collection; its router is trained.")],
+@app.command()
+def train(
+    phase: Annotated[str, typer.Argument(help="sft (phase 1, Eq. 2) or cdpo (phase 2, Eq. 3 and Algorithm 1).")],
+    collection: Annotated[str, typer.Argument(help="A collection; for cdpo, one after phase 1.")],
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option(help="Folder of the new collection.")],
     data: Data = None,
@@ -165,26 +164,10 @@ def sft(
     dtype: Dtype = None,
     base: Base = None,
 ) -> None:
-    """Phase 1 (Eq. 2): language modelling and routing on the recipe's sft rows."""
+    """Train the router of a collection on the rows of the recipe's phase."""
     from fusionroute import workflows
 
-    print(workflows.train("sft", collection, recipe, data, annotations, out, dtype, base))
-
-
-@train.command()
-def cdpo(
-    collection: Annotated[str, typer.Argument(help="A collection after phase 1.")],
-    recipe: RecipeFile,
-    out: Annotated[Path, typer.Option(help="Folder of the new collection.")],
-    data: Data = None,
-    annotations: Annotated[Path, typer.Option(help="Folder of the annotations.")] = Path("annotations"),
-    dtype: Dtype = None,
-    base: Base = None,
-) -> None:
-    """Phase 2 (Eq. 3, Algorithm 1): preference pairs and sft rows of the recipe, mixed."""
-    from fusionroute import workflows
-
-    print(workflows.train("cdpo", collection, recipe, data, annotations, out, dtype, base))
+    print(workflows.train(phase, collection, recipe, data, annotations, out, dtype, base))
 
 
 @app.command()

@@ -310,13 +310,6 @@ def record_scores(folder: Path, scores: dict[str, Any]) -> None:
     write_card(folder, config)
 
 
-def local_references(config: FusionRouteConfig) -> list[str]:
-    """Members whose weights are named by a path of this machine, as `name (path)`."""
-    places = [(s.name, place) for s in config.member_specs for place in (s.source, s.adapter) if place is not None]
-    # A member's folder inside the collection is written with ./ in front.
-    return [f"{name} ({place})" for name, place in places if place.startswith(("/", "~", ".."))]
-
-
 def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> None:
     """Write a loaded collection to `out`.
 
@@ -383,37 +376,3 @@ def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) 
     else:
         _copy_model(member.folder, out / name)
     return name
-
-
-def push(model: "FusionRouteForCausalLM", repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
-    """Save to a scratch folder and upload it; refuses before writing anything if a member is local."""
-    import tempfile
-
-    if not embed:
-        refuse_local(model.config)
-    with tempfile.TemporaryDirectory() as scratch:
-        save(model, Path(scratch) / "collection", embed=embed)
-        return upload(Path(scratch) / "collection", repo_id, **kwargs)
-
-
-def upload(folder: Path, repo_id: str, **kwargs: Any) -> str:
-    """Upload a collection folder to the Hub and return its address."""
-    from huggingface_hub import HfApi
-
-    refuse_local(read_config(folder))
-    api = HfApi(token=kwargs.pop("token", None))
-    address = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-    api.upload_folder(
-        folder_path=folder, repo_id=address.repo_id, commit_message=kwargs.pop("commit_message", "Upload collection")
-    )
-    return str(address)
-
-
-def refuse_local(config: FusionRouteConfig) -> None:
-    """Raise a `UsageError` if a member is named by a path of this machine."""
-    local = local_references(config)
-    if local:
-        raise UsageError(
-            f"cannot push: {', '.join(local)} is a path of this machine; pass embed=True, or make the collection from "
-            "a Hub id"
-        )

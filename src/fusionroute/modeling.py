@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fusionroute import collection, fusion
+from fusionroute import collection, fusion, hub
 from fusionroute.cache import FusionCache
 from fusionroute.configuration import ROUTER, FusionRouteConfig, absolute_source
 from fusionroute.errors import UsageError
@@ -337,10 +337,10 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         """Write the collection; see `fusionroute.collection.save` for what is embedded and what referenced."""
         push = kwargs.pop("push_to_hub", False)
         if push and not embed:
-            collection.refuse_local(self.config)
+            hub.refuse_local(self.config)
         collection.save(self, Path(save_directory), embed=embed)
         if push:
-            collection.upload(Path(save_directory), kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            hub.upload(Path(save_directory), kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
         """Upload the collection and return its address.
@@ -348,7 +348,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UsageError: a member is referenced by a local path that others do not have, and `embed` is false.
         """
-        return collection.push(self, repo_id, embed=embed, **kwargs)
+        return hub.push(self, repo_id, embed=embed, **kwargs)
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:

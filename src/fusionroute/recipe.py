@@ -359,78 +359,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def tiny(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
-    """The recipe shrunk to random models and a few built-in rows under `folder`: every stage, in about a minute."""
-    import random
-
-    from fusionroute import tiny as models
-    from fusionroute.training.running import quiet
-
-    base = folder / "tiny-base"
-    if not (base / "config.json").is_file():
-        with quiet():
-            tokenizer = models.make_tokenizer(base)
-            models.make_model(base, vocab_size=len(tokenizer), scale=0.1)
-    data = folder / "tiny-data"
-    data.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
-    chat, pairs = [], []
-    for index in range(48):
-        a, b = generator.randint(1, 99), generator.randint(1, 99)
-        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
-        right, wrong = ([{"role": "assistant", "content": f"It is {v}."}] for v in (a + b, a - b))
-        chat.append({"messages": asked + right, "index": index})
-        pairs.append({"prompt": asked, "chosen": right, "rejected": wrong})
-    for name, rows in (("chat", chat), ("pairs", pairs)):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def shrink(specs: list[DataSpec]) -> list[DataSpec]:
-        small = []
-        for number, spec in enumerate(specs):
-            paired = spec.format in ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
-            file, kind = ("pairs.jsonl", "preference") if paired else ("chat.jsonl", "messages")
-            start = 6 * (number % 6)
-            small.append(
-                DataSpec(format=kind, path=file, domain=spec.domain, start=start, stop=start + 12)  # type: ignore[arg-type]
-            )
-        return small
-
-    steps = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "save_steps": 2,
-        "logging_steps": 1,
-    }
-    small = recipe.model_copy(deep=True)
-    small.base, small.revision, small.dtype, small.max_length = str(base), None, "float32", 128
-    small.benchmarks = []
-    for expert in small.experts:
-        expert.source = expert.revision = expert.adapter = None
-        # A high rate, so that three steps make experts that disagree.
-        fast = {**steps, "bf16": False, "learning_rate": 0.02}
-        expert.data, expert.training = shrink(expert.data), {**expert.training, **fast}
-    small.router.source = small.router.revision = None
-    for phase in (small.sft, small.cdpo):
-        if phase is not None:
-            phase.data, phase.training = shrink(phase.data), {**phase.training, **steps, "bf16": False}
-    small.heldout = shrink(small.heldout)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(small.model_dump(mode="json", exclude_unset=True)))
-    return small, data
-
-
-def execute(path: Path, out: Path | None, data: Path | None, *, shrink: bool = False) -> Path:
+def execute(path: Path, out: Path | None, data: Path | None, *, tiny: bool = False) -> Path:
     """Run the recipe at `path`; returns the collection's folder.
 
     Raises:
         FusionRouteError: whatever a stage finds wrong; what is done stays done.
     """
     recipe = load_recipe(path)
-    out = out or Path("runs") / (f"{recipe.name}-tiny" if shrink else recipe.name)
+    out = out or Path("runs") / (f"{recipe.name}-tiny" if tiny else recipe.name)
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is no folder")
-    if shrink:
-        recipe, data = tiny(recipe, out)
+    if tiny:
+        from fusionroute.tiny import shrink_recipe
+
+        recipe, data = shrink_recipe(recipe, out)
     try:
         return Run(recipe, out.resolve(), data).run()
     except KeyboardInterrupt:

@@ -4,7 +4,10 @@ They prove wiring, not quality.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusionroute.recipe import Recipe
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -115,3 +118,66 @@ def make_adapter(folder: Path, model: Any, *, seed: int = 0, rank: int = 4, scal
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=scale)
     wrapped.save_pretrained(folder, save_embedding_layers=False)
+
+
+def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
+    """The recipe shrunk to random models and a few built-in rows under `folder`: every stage, in about a minute."""
+    import json
+    import random
+
+    import yaml
+
+    from fusionroute.training.rows import DataSpec
+    from fusionroute.training.running import quiet
+
+    base = folder / "tiny-base"
+    if not (base / "config.json").is_file():
+        with quiet():
+            tokenizer = make_tokenizer(base)
+            make_model(base, vocab_size=len(tokenizer), scale=0.1)
+    data = folder / "tiny-data"
+    data.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(0)
+    chat, pairs = [], []
+    for index in range(48):
+        a, b = generator.randint(1, 99), generator.randint(1, 99)
+        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
+        right, wrong = ([{"role": "assistant", "content": f"It is {v}."}] for v in (a + b, a - b))
+        chat.append({"messages": asked + right, "index": index})
+        pairs.append({"prompt": asked, "chosen": right, "rejected": wrong})
+    for name, rows in (("chat", chat), ("pairs", pairs)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def shrink(specs: list[Any]) -> list[Any]:
+        small = []
+        for number, spec in enumerate(specs):
+            paired = spec.format in ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
+            file, kind = ("pairs.jsonl", "preference") if paired else ("chat.jsonl", "messages")
+            start = 6 * (number % 6)
+            small.append(
+                DataSpec(format=kind, path=file, domain=spec.domain, start=start, stop=start + 12)  # type: ignore[arg-type]
+            )
+        return small
+
+    steps = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    small = recipe.model_copy(deep=True)
+    small.base, small.revision, small.dtype, small.max_length = str(base), None, "float32", 128
+    small.benchmarks = []
+    for expert in small.experts:
+        expert.source = expert.revision = expert.adapter = None
+        # A high rate, so that three steps make experts that disagree.
+        fast = {**steps, "bf16": False, "learning_rate": 0.02}
+        expert.data, expert.training = shrink(expert.data), {**expert.training, **fast}
+    small.router.source = small.router.revision = None
+    for phase in (small.sft, small.cdpo):
+        if phase is not None:
+            phase.data, phase.training = shrink(phase.data), {**phase.training, **steps, "bf16": False}
+    small.heldout = shrink(small.heldout)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(small.model_dump(mode="json", exclude_unset=True)))
+    return small, data

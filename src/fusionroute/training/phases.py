@@ -159,18 +159,16 @@ def sft(
 ) -> dict[str, Any]:
     """Phase 1 (Eq. 2) on SFT items."""
     folders = annotate_members(config, collection, config.expert_names, items, annotations, options, base)
-    annotated = with_annotations(items, folders)
-    spec = config.specs_on(base)[0]
     seed = int(arguments.get("seed", 42))
-    model = load_trainable(spec, config, collection, lora=lora, options=options, seed=seed)
+    model = load_trainable(config.specs_on(base)[0], config, collection, lora=lora, options=options, seed=seed)
     return train_router(
         model,
-        annotated,
+        with_annotations(items, folders),
         out,
         arguments=arguments,
         run=run,
         title="router, phase 1 (SFT)",
-        provenance=_provenance(spec, collection, "sft", items, arguments),
+        provenance=_provenance(config.specs_on(base)[0], collection, "sft", items, arguments),
         dtype=_export_dtype(model, options),
         tokenizer=collection,
     )
@@ -195,19 +193,17 @@ def cdpo(
         )
     if not any(item.is_pair for item in items):
         raise FusionRouteError("phase 2 needs preference pairs, and the data has none")
-    folders = annotate_members(config, collection, config.expert_names, items, annotations, options, base)
-    (reference,) = annotate_members(config, collection, [ROUTER], items, annotations, options, base)
-    annotated = with_annotations(items, folders, reference)
-    spec = config.specs_on(base)[0]
-    model = load_trainable(spec, config, collection, lora=None, options=options, seed=0)
+    names = [*config.expert_names, ROUTER]
+    *folders, reference = annotate_members(config, collection, names, items, annotations, options, base)
+    model = load_trainable(config.specs_on(base)[0], config, collection, lora=None, options=options, seed=0)
     return train_router(
         model,
-        annotated,
+        with_annotations(items, folders, reference),
         out,
         arguments=arguments,
         run=run,
         title="router, phase 2 (CDPO)",
-        provenance=_provenance(spec, collection, "cdpo", items, arguments),
+        provenance=_provenance(config.specs_on(base)[0], collection, "cdpo", items, arguments),
         dtype=_export_dtype(model, options),
         tokenizer=collection,
     )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fusionroute import cli, collection, recipe, tiny
+from fusionroute import collection, recipe, tiny
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, load_model
@@ -34,21 +33,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line with recipe and data of `place`; gives exit code, stdout and stderr."""
+def run(place: Path, run: Callable) -> Callable[..., tuple[int, str, str]]:
+    """The command line with recipe and data of `place`."""
 
     def call(*words: object, recipe: str = "recipe.yaml") -> tuple[int, str, str]:
-        given = ["--recipe", str(place / recipe), "--data", str(place / "tiny-data")]
-        monkeypatch.setattr(sys, "argv", ["fusionroute", *map(str, words), *given])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run(*words, "--recipe", place / recipe, "--data", place / "tiny-data")
 
     return call
 

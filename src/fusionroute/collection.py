@@ -188,6 +188,9 @@ def assemble(
             configs[spec.name] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             ends += _end_ids(folder, configs[spec.name])
             spec = replace(spec, digest=weights.digest(folder), license=spec.license or weights.license_of(folder))
+            if _is_local(spec.source, relative_to):
+                # A reference to this machine, whatever folder the collection is later read from.
+                spec = replace(spec, source=str(folder.resolve()))
             if spec.adapter is not None:
                 adapter = sources.resolve(
                     spec.adapter, revision=spec.adapter_revision, relative_to=relative_to, what="adapter"
@@ -196,12 +199,9 @@ def assemble(
                 spec = replace(spec, adapter_digest=weights.digest(adapter))
                 _copy_adapter(adapter, scratch / spec.module, spec)
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
-            if spec.adapter is None and spec.name in embed:
+            elif spec.name in embed:
                 _copy_model(folder, scratch / spec.module)
                 spec = replace(spec, source=f"./{spec.module}", revision=None)
-            elif _is_local(spec.source, relative_to):
-                # A reference to this machine, whatever folder the collection is later read from.
-                spec = replace(spec, source=str(folder.resolve()))
             kept.append(spec)
         own = configs[ROUTER]
         vocab = min([report.common, *(c.vocab_size for c in configs.values())])

@@ -130,6 +130,7 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     from fusionroute.training.rows import DataSpec
     from fusionroute.training.running import quiet
 
+    folder = folder.resolve()  # the recipe written below is to be read from anywhere
     base = folder / "tiny-base"
     if not (base / "config.json").is_file():
         with quiet():

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -99,6 +100,7 @@ def items_of(tokenizer: Any, rows: list[dict], experts: int, *, pairs: bool) -> 
             "logprobs": -torch.rand(count, experts) * 4,
             "greedy": torch.randint(0, 100, (count, experts), dtype=torch.int32),
             "reference": -torch.rand(count) * 4,
+            "routes": torch.randint(0, experts, (count,), dtype=torch.int32),
         }
 
     return [Item(i.sequences, i.domain, tuple(column(len(s.completion)) for s in i.sequences)) for i in items]
@@ -241,6 +243,15 @@ def annotation_seconds(folder: Path, sequences: list, rounds: int) -> tuple[list
     return ours, theirs
 
 
+def peak_resident() -> float:
+    """Peak resident memory of this process in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage also counts the parent, as it was when it started this process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) / 1024  # type: ignore[union-attr]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(base: str, experts: int) -> float:
     """Peak resident memory in MB of a fresh process that trains a few router steps beside `experts` experts."""
     command = [sys.executable, __file__, "--base", base, "--memory-of", str(experts)]
@@ -276,7 +287,7 @@ def main() -> None:
         if options.memory_of:
             items = items_of(tokenizer, rows[: 3 * batch], options.memory_of, pairs=False)
             router_steps(folder, items, options.memory_of, run, 3, batch)
-            print(json.dumps({"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+            print(json.dumps({"peak_mb": peak_resident()}))
             return
         load = os.getloadavg()[0]
         chat, pairs = (items_of(tokenizer, rows, 3, pairs=p) for p in (False, True))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fusionroute import fusion
-from fusionroute.training.annotation import annotate_batch, batches, pad_batch
+from fusionroute.training.annotation import batches, pad_batch
 from fusionroute.training.data import Item, Tokens
-from fusionroute.training.logprobs import CHUNK, Head, hidden_states
+from fusionroute.training.logprobs import CHUNK, Head, hidden_states, score_labels
 from fusionroute.training.losses import informative, routed_logprobs
 from fusionroute.training.running import Meter
 
@@ -56,21 +56,21 @@ def _measure_batch(
     model: "FusionRouteForCausalLM", heads: list[Head], sequences: list[Tokens]
 ) -> list[dict[str, Tensor]]:
     """Per sequence, sums over its S: counts, label log-probabilities and hits by system, tokens by expert."""
-    n = len(model.experts)
-    columns = [annotate_batch(m, h, sequences) for m, h in zip(model.experts, heads[1:], strict=True)]
-    expert_logprobs = torch.stack([torch.cat([c["logprobs"] for c in column]) for column in columns], dim=-1)
-    greedy = torch.stack([torch.cat([c["greedy"] for c in column]) for column in columns], dim=-1)
     inputs, positions, labels = pad_batch(sequences, model.device)
-    where = informative(greedy)
-    chosen = torch.nonzero(where).squeeze(-1).to(model.device)
     hidden = []
     for member in model.members:
         member.activate()
-        hidden.append(hidden_states(member.model, **inputs).flatten(0, 1)[positions[chosen]])
+        hidden.append(hidden_states(member.model, **inputs).flatten(0, 1)[positions])
+    scored = [score_labels(h, head, labels) for h, head in zip(hidden[1:], heads[1:], strict=True)]
+    expert_logprobs = torch.stack([scores.logprobs for scores in scored], dim=-1).cpu()
+    greedy = torch.stack([scores.greedy for scores in scored], dim=-1).cpu()
+    where = informative(greedy)
+    chosen = torch.nonzero(where).squeeze(-1).to(model.device)
+    hidden = [h[chosen] for h in hidden]
     labels = labels[chosen]
     scores = model.router.route_head(hidden[0])
     routes = fusion.route(scores)
-    expert_logprobs, greedy = expert_logprobs[where], greedy[where].long()
+    expert_logprobs, greedy = expert_logprobs[where], greedy[where]
     on = labels.cpu()
     values = {
         "nll/routed": -routed_logprobs(expert_logprobs, routes.cpu()),
@@ -113,7 +113,6 @@ def _measure_batch(
     }
     sums["informative"] = torch.bincount(owner, minlength=len(sequences)).double()
     sums["tokens"] = lengths.double()
-    assert n == len(columns)
     return [{name: total[row] for name, total in sums.items()} for row in range(len(sequences))]
 
 

@@ -212,9 +212,10 @@ def annotation_seconds(folder: Path, sequences: list, rounds: int) -> tuple[list
     """Seconds for annotating, and for a bare forward with the LM head over the same batches and chunks."""
     import torch
 
+    from fusionroute.lm_head import Head, hidden_states
     from fusionroute.members import LoadOptions, Member, load_model
     from fusionroute.training.annotation import annotate_batch, batches, pad_batch
-    from fusionroute.training.logprobs import CHUNK, Head, hidden_states
+    from fusionroute.training.logprobs import CHUNK
 
     model = load_model(folder, LoadOptions(dtype=torch.bfloat16))
     member, head = Member("x", model), Head(model)

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
+
+# A busy machine is not a failure.
+hypothesis.settings.register_profile("fusionroute", deadline=None)
+hypothesis.settings.load_profile("fusionroute")
 
 if TYPE_CHECKING:
     from torch import Tensor

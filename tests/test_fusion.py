@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusionroute.fusion import TokenTrace, fuse, product, route, select, shares, switch_rate, trace_token
+from fusionroute.fusion import TokenTrace, choices, fuse, product, route, select, shares, switch_rate
 
 
 @given(st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1.0, 1.5]), min_size=1, max_size=40))
@@ -74,30 +74,23 @@ def trace(expert: str, token: int = 0) -> TokenTrace:
     return TokenTrace(token, "", expert, {}, 0, 0, 0, False, 0.0)
 
 
-@pytest.fixture
-def traced() -> TokenTrace:
-    scores = torch.tensor([0.0, 1.0])
-    router, expert = torch.tensor([0.0, 5.0, 1.0]), torch.tensor([3.0, 0.0, 1.0])
-    return trace_token(2, "x", ["math", "code"], 1, scores, router, expert, router + expert)
+FUSED, EXPERT, ROUTER = (torch.tensor(rows) for rows in ([[3.0, 5.0, 2.0]], [[3.0, 0.0, 1.0]], [[0.0, 5.0, 1.0]]))
 
 
-def test_trace_names_the_expert_and_its_weight(traced: TokenTrace) -> None:
-    assert traced.expert == "code"
-    assert traced.weights == pytest.approx({"math": 0.26894, "code": 0.73106}, abs=1e-5)
+def test_each_ones_choice() -> None:
+    (chosen,) = choices(FUSED, EXPERT, ROUTER, torch.tensor([2]))
+    names = ("expert_choice", "router_choice", "fused_choice", "overruled")
+    assert tuple(chosen[name] for name in names) == (0, 1, 1, True)
 
 
-def test_trace_tells_each_ones_choice(traced: TokenTrace) -> None:
-    assert (traced.expert_choice, traced.router_choice, traced.fused_choice, traced.overruled) == (0, 1, 1, True)
+def test_gap_is_of_log_probabilities_of_the_emitted_token() -> None:
+    (chosen,) = choices(FUSED, EXPERT, ROUTER, torch.tensor([2]))
+    gap = float(FUSED.log_softmax(-1)[0, 2] - EXPERT.log_softmax(-1)[0, 2])
+    assert chosen["gap"] == pytest.approx(gap, abs=1e-5)
 
 
-def test_trace_gap_is_of_log_probabilities_of_the_emitted_token(traced: TokenTrace) -> None:
-    def logprob(logits: list[float]) -> float:
-        return torch.tensor(logits).log_softmax(-1)[2].item()
-
-    assert traced.gap == pytest.approx(logprob([3.0, 5.0, 2.0]) - logprob([3.0, 0.0, 1.0]), abs=1e-5)
-
-
-def test_trace_is_json(traced: TokenTrace) -> None:
+def test_trace_is_json() -> None:
+    traced = trace("math")
     assert json.loads(json.dumps(traced.to_dict())) == traced.to_dict()
 
 

@@ -64,25 +64,26 @@ class Session:
         self.styles = dict(zip(self.names, COLOURS * (len(self.names) // len(COLOURS) + 1), strict=False))
         if not quiet:
             print(f"loading {collection or collections.DEFAULT}: {', '.join(self.names)}…", file=sys.stderr, flush=True)
+        from fusionroute.decoding.drafting import PromptLookup
+        from fusionroute.decoding.engine import Engine
         from fusionroute.modeling import FusionRouteForCausalLM
         from fusionroute.training.running import quiet as silence
 
         with silence():
-            self.model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
+            model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
             self.tokenizer = collections.load_tokenizer(folder)
+        self.engine = Engine(model, self.tokenizer, drafter=PromptLookup())
 
     def answer(self, messages: Sequence[dict[str, str]], settings: dict[str, Any], *, show: bool = True) -> Answer:
-        """Answer the conversation, printing it as it comes if `show`."""
+        """Answer the conversation, printing it as it comes if `show`; `settings` are those of `Request`."""
         from rich.text import Text
 
-        from fusionroute.decoding.stream import stream
+        from fusionroute.decoding.rows import Request
 
-        if settings.get("expert") is not None:
-            self.model.config.expert_index(settings["expert"])
         prompt = collections.encode_chat(self.tokenizer, messages)
         tokens: list[TokenTrace] = []
         started = time.monotonic()
-        for token in stream(self.model, self.tokenizer, prompt, **settings):
+        for token in self.engine.stream(Request(prompt, **settings)):
             tokens.append(token)
             if show:
                 self.console.print(Text(token.text, style=self.styles[token.expert]), end="")

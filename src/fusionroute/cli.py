@@ -43,10 +43,11 @@ def generate(
 ) -> None:
     """Answer one prompt, coloured by the expert that wrote each token."""
     from fusionroute import chat
+    from fusionroute.decoding.sampling import Sampling
 
     session = chat.Session(collection, dtype=dtype, base=base, quiet=as_json)
-    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens}
-    settings |= {"temperature": temperature, "seed": seed}
+    sampling = Sampling(temperature=temperature, seed=seed)
+    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens, "sampling": sampling}
     answer = session.answer([{"role": "user", "content": prompt}], settings, show=not as_json)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
@@ -65,10 +66,12 @@ def chat_(
 ) -> None:
     """Talk to a collection; an empty line or Ctrl-D ends."""
     from fusionroute import chat
+    from fusionroute.decoding.sampling import Sampling
 
     session = chat.Session(collection, dtype=dtype, base=base)
-    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens}
-    session.talk(settings | {"temperature": temperature, "seed": seed})
+    sampling = Sampling(temperature=temperature, seed=seed)
+    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    session.talk(settings)
 
 
 @app.command()

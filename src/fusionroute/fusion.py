@@ -71,31 +71,21 @@ class TokenTrace:
         return asdict(self)
 
 
-def trace_token(
-    token: int,
-    text: str,
-    names: Sequence[str],
-    chosen: int,
-    scores: Tensor,
-    router_logits: Tensor,
-    expert_logits: Tensor,
-    fused_logits: Tensor,
-) -> TokenTrace:
-    """The trace of one emitted token from that position's `scores [n]` and logits `[V]`."""
-    weights = scores.float().softmax(dim=-1).tolist()
-    expert_choice, fused_choice = int(expert_logits.argmax()), int(fused_logits.argmax())
-    gap = fused_logits.float().log_softmax(-1)[token] - expert_logits.float().log_softmax(-1)[token]
-    return TokenTrace(
-        id=token,
-        text=text,
-        expert=names[chosen],
-        weights=dict(zip(names, weights, strict=True)),
-        expert_choice=expert_choice,
-        router_choice=int(router_logits.argmax()),
-        fused_choice=fused_choice,
-        overruled=fused_choice != expert_choice,
-        gap=float(gap),
-    )
+def choices(fused: Tensor, experts: Tensor, routers: Tensor, tokens: Tensor) -> list[dict[str, Any]]:
+    """What each side would have written at K positions, as fields of `TokenTrace`.
+
+    Args:
+        fused, experts, routers: logits `[K, V]` of Eq. 1 and of its two terms.
+        tokens: the emitted ids `[K]`.
+    """
+    experts = experts.float()
+    at = tokens.unsqueeze(-1)
+    gaps = (fused.gather(-1, at) - experts.gather(-1, at)).squeeze(-1) - fused.logsumexp(-1) + experts.logsumexp(-1)
+    columns = [logits.argmax(dim=-1).tolist() for logits in (experts, routers, fused)]
+    return [
+        {"expert_choice": e, "router_choice": r, "fused_choice": f, "overruled": f != e, "gap": gap}
+        for e, r, f, gap in zip(*columns, gaps.tolist(), strict=True)
+    ]
 
 
 def shares(trace: Sequence[TokenTrace], names: Sequence[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from fusionroute import tiny
 from fusionroute.collection import read_config
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError
+from fusionroute.lm_head import Head
 from fusionroute.members import LoadOptions, Member, load_members
 from fusionroute.router import RouteHead
 from fusionroute.training import annotation
@@ -28,7 +29,6 @@ from fusionroute.training.annotation import (
     with_annotations,
 )
 from fusionroute.training.data import Item, Tokens
-from fusionroute.training.logprobs import Head
 
 FLOAT32 = LoadOptions(dtype=torch.float32)
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.training.logprobs import Head, hidden_states, score_labels
+from fusionroute.lm_head import Head, hidden_states
+from fusionroute.training.logprobs import score_labels
 
 FAMILIES = ["llama", "qwen2", "gemma2"]
 CHUNKS = [1, 7, 1000]

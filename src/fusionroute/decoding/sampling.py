@@ -1,14 +1,65 @@
 """Which token a distribution gives: randomness is a function of (seed, position), so no batch or draft changes it.
 
-Knows nothing of models.
+The steps are those of transformers' `generate`, in its order, on the fused logits. Knows nothing of models.
 """
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fusionroute.errors import UsageError
+
 # Any odd constant would do: neighbouring seeds and positions must not meet in one generator seed.
 _STRIDE = 0x9E3779B97F4A7C15
 _MASK = (1 << 63) - 1
+
+Mask = Callable[[Sequence[int]], Collection[int]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row draws its tokens.
+
+    Attributes:
+        temperature: 0 is greedy; else what the fused logits are divided by.
+        top_k: the so many likeliest tokens; 0 is all.
+        top_p: the likeliest tokens whose probabilities reach it.
+        min_p: tokens at least so likely, relative to the likeliest.
+        repetition_penalty: divides positive fused logits of tokens that the row has, prompt included, and multiplies
+            negative ones (CTRL, arXiv 1909.05858).
+        min_tokens: no end id before so many new tokens.
+        seed: the same seed gives the same text, in any batch.
+        mask: ids so far, prompt included, to the ids allowed next; stateless.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    seed: int = 0
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature must be at least 0": self.temperature >= 0,
+            "top_k must be at least 0": self.top_k >= 0,
+            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must be in [0, 1]": 0 <= self.min_p <= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+            "min_tokens must be at least 0": self.min_tokens >= 0,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise UsageError(f"{rule}, not {getattr(self, rule.split()[0])}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether a token is the arg-max of the fused logits as they are."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and self.min_tokens == 0 and self.mask is None
 
 
 def gumbel(seed: int, position: int, size: int) -> Tensor:
@@ -19,12 +70,56 @@ def gumbel(seed: int, position: int, size: int) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp(min=1e-300))).float()
 
 
-def draw(logits: Tensor, *, temperature: float, seed: int, position: int) -> int:
-    """A token from `logits [V]`: the arg-max at temperature 0, else Gumbel-max on the tempered logits.
+def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, ends: Collection[int]) -> Tensor:
+    """The fused `logits [V]` as they are drawn from, float32; −inf on what is left out.
 
-    Source: the Gumbel-max trick; its arg-max is a sample of softmax(logits / temperature).
+    Args:
+        ids: the row so far, prompt included, `new` of them new.
+        ends: end ids.
+
+    Raises:
+        UsageError: the mask allows no token.
     """
-    if temperature == 0:
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        had = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(had > 0, had / penalty, had * penalty))
+    if new < sampling.min_tokens and ends:
+        logits = logits.index_fill(0, torch.tensor(sorted(ends), device=logits.device), float("-inf"))
+    if sampling.mask is not None:
+        allowed = torch.tensor(sorted(sampling.mask(ids)), dtype=torch.long, device=logits.device)
+        if not len(allowed):
+            raise UsageError("the mask allows no token")
+        logits = torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits.sort()
+        out = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        out[-1] = False
+        logits = logits.index_fill(0, order[out], float("-inf"))
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), float("-inf"))
+    return logits
+
+
+def draw(
+    logits: Tensor, sampling: Sampling, *, ids: Sequence[int] = (), new: int = 0, ends: Collection[int] = ()
+) -> int:
+    """The row's next token from the fused `logits [V]`: an arg-max if greedy, else Gumbel-max.
+
+    The noise is keyed by (seed, len(ids)): what is drawn at a position depends on nothing else.
+    Source: the Gumbel-max trick; its arg-max is a sample of the softmax.
+    """
+    if sampling.greedy:
         return int(logits.argmax())
-    noise = gumbel(seed, position, logits.shape[-1]).to(logits.device)
-    return int((logits.float() / temperature + noise).argmax())
+    adjusted = adjust(logits, sampling, ids, new, ends)
+    if sampling.temperature == 0:
+        return int(adjusted.argmax())
+    return int((adjusted + gumbel(sampling.seed, len(ids), len(adjusted)).to(adjusted.device)).argmax())

@@ -17,10 +17,11 @@ from torch import Tensor
 from fusionroute import fusion, weights
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json, staged_file, write_json
+from fusionroute.lm_head import Head, hidden_states
 from fusionroute.members import Member
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens, digest_sequences
-from fusionroute.training.logprobs import Head, hidden_states, score_labels
+from fusionroute.training.logprobs import score_labels
 from fusionroute.training.running import Meter
 
 SHARD = 256  # sequences in a file: some seconds to minutes of work

@@ -11,8 +11,9 @@ import torch
 
 from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError
+from fusionroute.lm_head import Head, hidden_states
 from fusionroute.members import LoadOptions, load_model
-from fusionroute.training.logprobs import Head, hidden_states, score_labels
+from fusionroute.training.logprobs import score_labels
 from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
 from fusionroute.training.running import Progress, StopOnNan, make_arguments, quiet, train_to_the_end
 

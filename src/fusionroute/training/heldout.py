@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fusionroute import fusion
+from fusionroute.lm_head import Head, hidden_states
 from fusionroute.training.annotation import batches, pad_batch
 from fusionroute.training.data import Item, Tokens
-from fusionroute.training.logprobs import CHUNK, Head, hidden_states, score_labels
+from fusionroute.training.logprobs import CHUNK, score_labels
 from fusionroute.training.losses import informative, routed_logprobs
 from fusionroute.training.running import Meter
 

@@ -17,10 +17,11 @@ from transformers import Trainer, TrainingArguments
 
 from fusionroute import fusion
 from fusionroute.errors import FusionRouteError
+from fusionroute.lm_head import Head, hidden_states
 from fusionroute.router import RouteHead
 from fusionroute.training import losses
 from fusionroute.training.data import Collator, Item, Items, LengthGroups
-from fusionroute.training.logprobs import CHUNK, Head, hidden_states, score_labels
+from fusionroute.training.logprobs import CHUNK, score_labels
 from fusionroute.training.running import Progress, StopOnNan
 
 

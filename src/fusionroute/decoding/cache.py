@@ -1,0 +1,82 @@
+"""Keys and values by slot and position, and which slots are free. Knows no member, row or token.
+
+A slot is one sequence of one member. Entries are written at (slot, position), so sequences of any length stand beside
+each other without padding, and taking tokens back needs no work: what is beyond the reader's end is not read.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Per layer, keys and values `[slots, capacity, kv_heads, head_dim]`, grown when a slot or a length needs it.
+
+    Args:
+        shapes: of each layer, (kv_heads, head_dim).
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
+        # Zeros, not whatever was there: a masked entry is still multiplied by its weight, which is 0.
+        self.keys = [torch.zeros(0, 0, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [tensor.clone() for tensor in self.keys]
+        self.free: list[int] = []
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return sum(2 * k.shape[2] * k.shape[3] * k.element_size() for k in self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots * self.capacity * self.bytes_per_token
+
+    def acquire(self) -> int:
+        """The lowest free slot: neighbours share an attention call."""
+        if not self.free:
+            self._resize(max(2 * self.slots, 1), self.capacity)
+        return heapq.heappop(self.free)
+
+    def release(self, slot: int) -> None:
+        heapq.heappush(self.free, slot)
+        if len(self.free) == self.slots:
+            self._resize(0, 0)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in every slot."""
+        if length > self.capacity:
+            self._resize(self.slots, length)
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        before = self.slots
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_zeros(slots, capacity, *old.shape[2:])
+                if slots >= before:
+                    new[:before, : old.shape[1]] = old
+                tensors[layer] = new
+        if slots:
+            for slot in range(before, slots):
+                heapq.heappush(self.free, slot)
+        else:
+            self.free = []
+
+    def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `[N, kv_heads, head_dim]` at the flat places `where [N]` = slot × capacity + position."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, where, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, where, values)
+
+    def read(self, layer: int, slots: slice, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, kv_heads, end, head_dim]` of neighbouring slots, as views."""
+        keys, values = self.keys[layer][slots, :end], self.values[layer][slots, :end]
+        return keys.transpose(1, 2), values.transpose(1, 2)

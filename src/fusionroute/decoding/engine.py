@@ -1,0 +1,428 @@
+"""Rows in, one step for all of them, rows out: the fast way to the tokens that `modeling.py` defines.
+
+A step advances every active row by at least one token. The router runs over what it has not seen, drafted tokens
+included; of the experts only those that a row is routed to run, and they catch up and see the new tokens in one pass.
+What a row emits is drawn from the fused logits at each position (Eq. 1); a drafted token is kept when it is what was
+drawn, so drafts, batches and the order of rows change nothing. Rows join and leave between steps, within a budget of
+KV memory. Knows ids and a tokenizer's text; nothing of HTTP.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fusionroute import fusion
+from fusionroute.decoding.drafting import Drafter, RouterDraft
+from fusionroute.decoding.members import Job, Members
+from fusionroute.decoding.pace import CostModel, FastestMode
+from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
+from fusionroute.decoding.sampling import draw
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.fusion import TokenTrace
+
+if TYPE_CHECKING:
+    from fusionroute.modeling import FusionRouteForCausalLM
+
+# Which experts run in the router's pass: none, the one that wrote the row's last token, or all.
+Mode = Literal["auto", "lazy", "predicted", "all"]
+
+
+class Engine:
+    """Decodes with a collection.
+
+    Args:
+        model: the collection. Its members' weights are shared, not copied, unless `separate`.
+        tokenizer: decodes the traces' text and finds stop strings; None leaves text empty.
+        mode: which experts run in the router's pass; `auto` takes what is measured to be fastest.
+        separate: every member has weights of its own, adapters merged into copies.
+        drafter: who proposes tokens; None proposes none.
+        draft_length: tokens of a draft.
+        kv_budget: bytes of keys and values; rows wait while there is no room. None takes half of the free memory.
+
+    Raises:
+        UsageError: a drafter for a member whose cache cannot take tokens back.
+    """
+
+    def __init__(
+        self,
+        model: "FusionRouteForCausalLM",
+        tokenizer: Any = None,
+        *,
+        mode: Mode = "auto",
+        separate: bool = False,
+        drafter: Drafter | RouterDraft | None = None,
+        draft_length: int = 8,
+        kv_budget: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.members = Members(model, separate=separate)
+        self.context: int = model.config.max_position_embeddings
+        ends = model.generation_config.eos_token_id
+        self.ends = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+        self.names = model.config.expert_names
+        self.drafter, self.draft_length = drafter, draft_length
+        if drafter is not None and not self.members.rewindable:
+            raise UsageError(
+                "a member's cache cannot take tokens back, so nothing can be drafted: leave the drafter out"
+            )
+        self.kv_budget = free_memory(model.device) // 2 if kv_budget is None else kv_budget
+        beside = [i for i in range(len(self.names)) if self.members.of[i + 1] is self.members.of[0]]
+        self.modes = FastestMode(
+            ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
+        )
+        self.beside = beside
+        self.cost = CostModel()
+        self.waiting: deque[Row] = deque()
+        self.active: list[Row] = []
+        self._numbers = 0
+
+    # -------------------------------------------------------------------------------------------------- rows
+
+    def submit(self, request: Request) -> int:
+        """Queue a row and return its number.
+
+        Raises:
+            UsageError: an empty prompt, no room in the context or the KV budget, ids outside the vocabulary, an
+                unknown expert, stop strings without a tokenizer.
+        """
+        if not len(request.prompt):
+            raise UsageError("the prompt has no token")
+        if len(request.prompt) >= self.context:
+            raise UsageError(f"the prompt has {len(request.prompt)} tokens and the context {self.context}: shorten it")
+        if max(request.prompt) >= self.model.config.vocab_size:
+            raise UsageError(
+                f"the prompt has token id {max(request.prompt)}, the members share {self.model.config.vocab_size} ids"
+            )
+        if request.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        if request.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer: give the engine one")
+        row = Row(self._numbers, request, self)
+        needed = self.members.nbytes([self._need(row)])
+        if needed > self.kv_budget:
+            raise UsageError(
+                f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones need {needed / 1e6:.3g} MB "
+                f"of KV cache and the budget is {self.kv_budget / 1e6:.3g} MB: ask for fewer, or raise the budget"
+            )
+        self._numbers += 1
+        self.waiting.append(row)
+        return row.number
+
+    def cancel(self, number: int) -> None:
+        """Take a row out and free its memory; nothing if it has ended."""
+        for row in [*self.waiting, *self.active]:
+            if row.number == number:
+                self._retire(row)
+
+    def _need(self, row: Row) -> int:
+        return row.limit + (0 if self.drafter is None else self.draft_length)
+
+    def _retire(self, row: Row) -> None:
+        if row in self.waiting:
+            self.waiting.remove(row)
+        else:
+            self.active.remove(row)
+            self.members.release(row.number)
+
+    def _admit(self) -> None:
+        while self.waiting:
+            rows = [*self.active, self.waiting[0]]
+            if self.members.nbytes([self._need(row) for row in rows]) > self.kv_budget:
+                return
+            row = self.waiting.popleft()
+            if self.drafter is not None and not isinstance(self.drafter, RouterDraft):
+                row.draft = self.drafter.start()
+                row.draft.extend(row.ids)
+            self.active.append(row)
+
+    # ------------------------------------------------------------------------------------------------- drains
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run the requests to their ends and return their answers in order.
+
+        Raises:
+            UsageError: a request that can never run; before any has.
+        """
+        numbers = [self.submit(request) for request in requests]
+        answers = {number: Completion([], [], "cancelled") for number in numbers}
+        while self.waiting or self.active:
+            for event in self.step():
+                answer = answers.get(event.row)
+                if answer is None:
+                    continue
+                answer.tokens += event.tokens
+                answer.logprobs += event.logprobs
+                if event.finish is not None:
+                    answer.finish, answer.error, answer.tail = event.finish, event.error, event.tail
+        return [answers[number] for number in numbers]
+
+    def stream(self, request: Request) -> Iterator[TokenTrace]:
+        """Yield the trace of each new token; an end id ends the row and is not yielded."""
+        number = self.submit(request)
+        try:
+            finish = None
+            while finish is None:
+                for event in self.step():
+                    if event.row == number:
+                        yield from event.tokens
+                        finish = event.finish
+                        if event.error is not None:
+                            raise event.error
+        finally:
+            self.cancel(number)
+
+    # -------------------------------------------------------------------------------------------------- a step
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Advance every active row, after admitting those that have room."""
+        self._admit()
+        if not self.active:
+            return []
+        started = time.perf_counter()
+        before = sum(self.members.tokens)
+        blocks = [Block(row, *drafted) for row, drafted in zip(self.active, self._drafts(), strict=True)]
+        mode = self.modes.current()
+        prefill = any(self.members.seen(0, row.number) == 0 for row in self.active if row.routed)
+        self._first_pass(blocks, mode)
+        self._decide(blocks)
+        while any(not block.done for block in blocks):
+            self._second_pass([block for block in blocks if not block.done])
+            self._decide([block for block in blocks if not block.done])
+        for block in blocks:
+            self._settle(block)
+        if not prefill:
+            seconds = time.perf_counter() - started
+            self.cost.add(sum(self.members.tokens) - before, seconds)
+            self.modes.add(mode, sum(len(block.event.tokens) for block in blocks), seconds)
+        return [block.event for block in blocks]
+
+    def _drafts(self) -> list[tuple[list[int], list[Tensor]]]:
+        """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
+        if self.drafter is None:
+            return [([], []) for _ in self.active]
+        price = self.cost.relative_slope * len(self.active)
+        counts = [min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active]
+        if isinstance(self.drafter, RouterDraft):
+            return self._router_drafts(counts)
+        return [
+            (row.draft.propose(count) if row.draft is not None and count > 0 else [], [])
+            for row, count in zip(self.active, counts, strict=True)
+        ]
+
+    def _router_drafts(self, counts: Sequence[int]) -> list[tuple[list[int], list[Tensor]]]:
+        """Tokens that the router alone would write, drawn with the row's own noise."""
+        made: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.active]
+        for step in range(max(counts, default=0)):
+            rows = [i for i, row in enumerate(self.active) if row.routed and step < counts[i]]
+            if not rows:
+                break
+            jobs = [Job(0, self.active[i].number, self.active[i].ids + made[i][0], 1) for i in rows]
+            hidden = self.members.run(jobs)
+            logits = self.members.logits([(0, torch.cat(hidden))])[0]
+            for place, i in enumerate(rows):
+                row, (drafts, held) = self.active[i], made[i]
+                held.append(hidden[place])
+                # Eq. 1 with the router in the expert's place: the same arg-max, and about as sharp.
+                guess = logits[place].float() * (1 + row.alpha)
+                ids = row.ids + drafts
+                drafts.append(draw(guess, row.request.sampling, ids=ids, new=row.new + step, ends=row.ends))
+        return made
+
+    def _guesses(self, row: Row, mode: str) -> list[int]:
+        """Experts to run in the router's pass."""
+        if row.expert is not None:
+            return [row.expert]
+        if mode == "all":
+            return list(range(len(self.names)))
+        if mode == "predicted" and row.last_route in self.beside:
+            return [row.last_route]
+        return []
+
+    def _first_pass(self, blocks: Sequence[Block], mode: str) -> None:
+        """The router over every block, with the experts that are likely to be chosen."""
+        jobs, owners = [], []
+        for block in blocks:
+            row = block.row
+            if row.routed:
+                jobs.append(Job(0, row.number, block.ids, block.count - len(block.held)))
+                owners.append((block, -1))
+            for expert in self._guesses(row, mode):
+                jobs.append(Job(expert + 1, row.number, block.ids, block.count))
+                owners.append((block, expert))
+        for (block, expert), hidden in zip(owners, self.members.run(jobs), strict=True):
+            if expert < 0:
+                block.router = torch.cat([*block.held, hidden])
+            else:
+                block.experts[expert] = (0, hidden)
+        routed = [block for block in blocks if block.router is not None]
+        if routed:
+            scores = self.model.router.route_head(torch.cat([block.router for block in routed]))  # type: ignore[misc]
+            routes = fusion.route(scores).tolist()
+            at = 0
+            for block in routed:
+                block.scores = scores[at : at + block.count]
+                block.routes = block.routes or routes[at : at + block.count]
+                at += block.count
+
+    def _second_pass(self, blocks: Sequence[Block]) -> None:
+        """The chosen experts that have not run: each over its gap and as far into the block as it is chosen."""
+        jobs, owners = [], []
+        for block in blocks:
+            first = block.routes[block.at]
+            wanted = {first}
+            # Another expert on the same weights may as well come along, should the draft hold until its turn.
+            wanted |= {
+                e
+                for j, e in enumerate(block.routes)
+                if j >= block.at and not block.has(j) and self.members.of[e + 1] is self.members.of[first + 1]
+            }
+            for expert in sorted(wanted):
+                chosen = [j for j in range(block.at, block.count) if block.routes[j] == expert]
+                upto = block.first + chosen[-1]
+                jobs.append(Job(expert + 1, block.row.number, block.ids[:upto], chosen[-1] - chosen[0] + 1))
+                owners.append((block, expert, chosen[0]))
+        for (block, expert, start), hidden in zip(owners, self.members.run(jobs), strict=True):
+            block.experts[expert] = (start, hidden)
+
+    def _decide(self, blocks: Sequence[Block]) -> None:
+        """Draw at every position whose expert has run, until a draft fails or the row ends."""
+        spans = []
+        for block in blocks:
+            upto = block.at
+            while upto < block.count and block.has(upto):
+                upto += 1
+            if upto > block.at:
+                spans.append((block, block.at, upto))
+        if not spans:
+            return
+        fused, expert_logits, router_logits = self._logits(spans)
+        choices = fused.argmax(dim=-1).tolist()
+        emitted: list[tuple[Block, int, int, int]] = []  # block, position, place in the logits, token
+        place = 0
+        for block, start, upto in spans:
+            for position in range(start, upto):
+                where = place + position - start
+                token = self._draw(block, position, fused[where], choices[where])
+                if token is None:
+                    break
+                emitted.append((block, position, where, token))
+                block.at = position + 1
+                if position == block.count - 1 or token != block.drafts[position] or token in block.row.ends:
+                    block.done = True
+                    break
+                block.kept += 1
+            place += upto - start
+        self._trace(emitted, fused, expert_logits, router_logits)
+
+    def _draw(self, block: Block, position: int, logits: Tensor, choice: int) -> int | None:
+        row = block.row
+        if row.request.sampling.greedy:
+            return choice
+        try:
+            ids = block.ids[: block.first + position]
+            return draw(logits, row.request.sampling, ids=ids, new=row.new + position, ends=row.ends)
+        except Exception as error:  # of this row's own mask: the others go on
+            block.failure, block.done = error, True
+            return None
+
+    def _logits(self, spans: Sequence[tuple[Block, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused, expert's and router's logits `[K, V]` of the spans' positions, end to end.
+
+        A row whose policy leaves the router out has its expert's in the router's place.
+        """
+        parts = []
+        for block, start, upto in spans:
+            if block.router is not None:
+                parts.append((0, block.router[start:upto]))
+            parts += [(block.routes[j] + 1, block.hidden(j).unsqueeze(0)) for j in range(start, upto)]
+        found = iter(self.members.logits(parts))
+        experts, routers, alphas = [], [], []
+        for block, start, upto in spans:
+            router = None if block.router is None else next(found)
+            expert = torch.cat([next(found) for _ in range(start, upto)])
+            experts.append(expert)
+            routers.append(expert if router is None else router)
+            alphas += [0.0 if router is None else block.row.alpha] * (upto - start)
+        expert_logits, router_logits = torch.cat(experts), torch.cat(routers)
+        if len(set(alphas)) == 1:
+            return fusion.fuse(router_logits, expert_logits, alphas[0]), expert_logits, router_logits
+        weight = torch.tensor(alphas, device=expert_logits.device).unsqueeze(-1)
+        return expert_logits.float() + weight * router_logits.float(), expert_logits, router_logits
+
+    def _trace(
+        self, emitted: Sequence[tuple[Block, int, int, int]], fused: Tensor, experts: Tensor, routers: Tensor
+    ) -> None:
+        """Note what was drawn, (block, position, place in the logits, token), up to the end of each row."""
+        if not emitted:
+            return
+        places = torch.tensor([where for _, _, where, _ in emitted], device=fused.device)
+        tokens = torch.tensor([token for _, _, _, token in emitted], device=fused.device)
+        choices = fusion.choices(fused[places], experts[places], routers[places], tokens)
+        for (block, position, where, token), choice in zip(emitted, choices, strict=True):
+            row, event = block.row, block.event
+            if event.finish is not None:
+                continue
+            if token in row.ends:
+                event.finish = "stop"
+                continue
+            last = block.first + position + 1 >= row.limit
+            scores = torch.zeros(len(self.names)) if block.scores is None else block.scores[position]
+            event.tokens.append(
+                TokenTrace(
+                    id=token,
+                    text="" if row.text is None else row.text.push(token, last=last),
+                    expert=self.names[block.routes[position]],
+                    weights=dict(zip(self.names, scores.softmax(-1).tolist(), strict=True)),
+                    **choice,
+                    drafted=position < len(block.drafts) and token == block.drafts[position],
+                )
+            )
+            if row.request.logprobs is not None:
+                event.logprobs.append(_logprobs(fused[where], token, row.request.logprobs))
+            if row.text is not None and row.text.stopped:
+                event.finish = "stop"
+            elif last:
+                event.finish = "length"
+        for block in {id(entry[0]): entry[0] for entry in emitted}.values():
+            block.done |= block.event.finish is not None
+
+    def _settle(self, block: Block) -> None:
+        """Take the block's tokens into the row, lower watermarks to what is true, retire the row if it ended."""
+        row, event = block.row, block.event
+        if event.finish is None and block.failure is not None:
+            event.finish, event.error = "error", block.failure
+        tokens = [token.id for token in event.tokens]
+        row.ids += tokens
+        if event.finish is not None:
+            event.tail = "" if row.text is None or row.text.stopped else row.text.flush()
+            self._retire(row)
+            return
+        if block.drafts:
+            row.acceptance.add(block.kept, len(block.drafts))
+            self.members.rewind(row.number, len(row.ids) - 1)
+        if row.draft is not None:
+            row.draft.extend(tokens)
+        row.last_route = block.routes[block.at - 1]
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
+    logprobs = logits.log_softmax(dim=-1)
+    values, ids = logprobs.topk(count)
+    return Logprobs(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`."""
+    import os
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        raise FusionRouteError("cannot tell how much memory is free: pass kv_budget") from None

@@ -1,0 +1,244 @@
+"""Advance these members by what they have not seen of these rows; what their LM heads read there comes back.
+
+A pool is one set of weights and the members that run on it: in the packed pass, adapters on one base are lanes of one
+transformer and share its passes; a whole model is a pool of its own. One watermark per (member, row), how many of the
+row's tokens the member has seen, is the single source of truth: catching up and the new token are one pass, and
+rejected drafts only lower watermarks. Knows no route, no sampling and no text.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fusionroute.decoding.products import UnsupportedError
+from fusionroute.decoding.transformer import Span, Transformer
+from fusionroute.lm_head import Head, hidden_states
+from fusionroute.members import Member
+
+if TYPE_CHECKING:
+    from fusionroute.modeling import FusionRouteForCausalLM
+
+
+class Job(NamedTuple):
+    """Bring `member` (0 is the router, i + 1 expert i) to the end of `ids`, all tokens of row `row` so far, drafts
+    included; the last `keep` positions are wanted."""
+
+    member: int
+    row: int
+    ids: Sequence[int]
+    keep: int
+
+
+class Pool(Protocol):
+    """Members on one set of weights."""
+
+    head: Head
+    rewindable: bool
+
+    def run(self, jobs: Sequence[Job]) -> list[Tensor]: ...
+    def seen(self, member: int, row: int) -> int: ...
+    def rewind(self, row: int, length: int) -> None: ...
+    def release(self, row: int) -> None: ...
+    def nbytes(self, lengths: Sequence[int]) -> int: ...
+    @property
+    def allocated(self) -> int: ...
+
+
+class PackedPool:
+    """Members as lanes of one `Transformer`: one pass for all of them.
+
+    Args:
+        members: by member number.
+        merge: fold the only member's adapter into a copy of its weights.
+    """
+
+    rewindable = True
+
+    def __init__(self, members: dict[int, Member], vocab_size: int, *, merge: bool = False) -> None:
+        model = next(iter(members.values())).model
+        head = model.get_output_embeddings()
+        if hasattr(head, "lora_A") or hasattr(head, "modules_to_save"):
+            raise UnsupportedError("an adapter on the LM head")
+        self.transformer = Transformer(model, [member.adapter for member in members.values()], merge=merge)
+        self.head = Head(model, vocab_size)
+        self.lanes = {number: lane for lane, number in enumerate(members)}
+        self.cache = self.transformer.new_cache()
+        self.slots: dict[tuple[int, int], int] = {}
+        self.marks: dict[tuple[int, int], int] = {}
+
+    def run(self, jobs: Sequence[Job]) -> list[Tensor]:
+        self.cache.reserve(max(len(job.ids) for job in jobs))
+        spans = []
+        for job in jobs:
+            key = (job.member, job.row)
+            if key not in self.slots:
+                self.slots[key] = self.cache.acquire()
+            seen = self.marks.get(key, 0)
+            spans.append(Span(self.slots[key], self.lanes[job.member], seen, job.ids[seen:]))
+        hidden = self.transformer(spans, [job.keep for job in jobs], self.cache)
+        for job in jobs:
+            self.marks[job.member, job.row] = len(job.ids)
+        return list(hidden.split([job.keep for job in jobs]))
+
+    def seen(self, member: int, row: int) -> int:
+        return self.marks.get((member, row), 0)
+
+    def rewind(self, row: int, length: int) -> None:
+        for member in self.lanes:
+            if self.marks.get((member, row), 0) > length:
+                self.marks[member, row] = length
+
+    def release(self, row: int) -> None:
+        for member in self.lanes:
+            self.marks.pop((member, row), None)
+            if (slot := self.slots.pop((member, row), None)) is not None:
+                self.cache.release(slot)
+
+    def nbytes(self, lengths: Sequence[int]) -> int:
+        """Bytes of keys and values if rows of these lengths visit every member."""
+        return max(lengths, default=0) * len(lengths) * len(self.lanes) * self.cache.bytes_per_token
+
+    @property
+    def allocated(self) -> int:
+        return self.cache.nbytes
+
+
+class PlainPool:
+    """One member of an architecture that the packed pass does not know, run by transformers row by row."""
+
+    def __init__(self, number: int, member: Member, vocab_size: int) -> None:
+        from transformers import DynamicCache
+
+        self.number, self.member = number, member
+        self.head = Head(member.model, vocab_size)
+        self.caches: dict[int, Any] = {}
+        self.marks: dict[int, int] = {}
+        self.new_cache = lambda: DynamicCache(config=member.config)
+        member.activate()
+        self.head.check(member.model)
+        # A sliding layer drops what has left its window, so tokens cannot be taken back from it.
+        self.rewindable = not any(getattr(layer, "is_sliding", False) for layer in self.new_cache().layers)
+
+    def run(self, jobs: Sequence[Job]) -> list[Tensor]:
+        self.member.activate()
+        kept = []
+        for job in jobs:
+            cache = self.caches.setdefault(job.row, self.new_cache())
+            ids = torch.tensor([list(job.ids[self.seen(self.number, job.row) :])], device=self.member.model.device)
+            hidden = hidden_states(self.member.model, input_ids=ids, past_key_values=cache, use_cache=True)
+            self.marks[job.row] = len(job.ids)
+            kept.append(hidden[0, hidden.shape[1] - job.keep :])
+        return kept
+
+    def seen(self, member: int, row: int) -> int:
+        return self.marks.get(row, 0)
+
+    def rewind(self, row: int, length: int) -> None:
+        if self.marks.get(row, 0) > length:
+            self.caches[row].crop(length - self.marks[row])
+            self.marks[row] = length
+
+    def release(self, row: int) -> None:
+        self.caches.pop(row, None)
+        self.marks.pop(row, None)
+
+    def nbytes(self, lengths: Sequence[int]) -> int:
+        return sum(lengths) * self._bytes_per_token
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.marks.values()) * self._bytes_per_token
+
+    @property
+    def _bytes_per_token(self) -> int:
+        config = self.member.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width * self.member.model.dtype.itemsize
+
+
+class Members:
+    """All members of a collection in their pools.
+
+    Args:
+        separate: every member has weights of its own, adapters merged into copies; else adapters on one base share it.
+    """
+
+    def __init__(self, model: "FusionRouteForCausalLM", *, separate: bool = False) -> None:
+        groups: dict[int, dict[int, Member]] = {}
+        for number, member in enumerate(model.members):
+            groups.setdefault(number if separate else id(member.model), {})[number] = member
+        self.pools: list[Pool] = []
+        self.of: list[Pool] = [None] * len(model.members)  # type: ignore[list-item]
+        vocab_size = model.config.vocab_size
+        for group in groups.values():
+            for numbers, pool in _pools(group, vocab_size, merge=separate):
+                self.pools.append(pool)
+                for number in numbers:
+                    self.of[number] = pool
+        self.tokens = [0] * len(self.of)  # run so far, by member
+        self.passes = 0
+        self.seconds = 0.0
+
+    def run(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Hidden states `[keep, d]` of every job, in order; jobs of one pool are one pass."""
+        started = time.perf_counter()
+        results: list[Tensor] = [None] * len(jobs)  # type: ignore[list-item]
+        for pool in self.pools:
+            mine = [i for i, job in enumerate(jobs) if self.of[job.member] is pool]
+            if not mine:
+                continue
+            for i in mine:
+                self.tokens[jobs[i].member] += len(jobs[i].ids) - pool.seen(jobs[i].member, jobs[i].row)
+            for i, hidden in zip(mine, pool.run([jobs[i] for i in mine]), strict=True):
+                results[i] = hidden
+            self.passes += 1
+        self.seconds += time.perf_counter() - started
+        return results
+
+    def seen(self, member: int, row: int) -> int:
+        """The watermark: how many of the row's tokens the member has seen."""
+        return self.of[member].seen(member, row)
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget what any member has seen of the row beyond its first `length` tokens."""
+        for pool in self.pools:
+            pool.rewind(row, length)
+
+    def release(self, row: int) -> None:
+        for pool in self.pools:
+            pool.release(row)
+
+    def nbytes(self, lengths: Sequence[int]) -> int:
+        """Bytes of keys and values if rows of these lengths visit every member."""
+        return sum(pool.nbytes(lengths) for pool in self.pools)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of keys and values now."""
+        return sum(pool.allocated for pool in self.pools)
+
+    @property
+    def rewindable(self) -> bool:
+        return all(pool.rewindable for pool in self.pools)
+
+    def logits(self, parts: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+        """Logits `[K, V]` of hidden states `[K, d]` by member; those of one pool are one product."""
+        results: list[Tensor] = [None] * len(parts)  # type: ignore[list-item]
+        for pool in self.pools:
+            mine = [i for i, (member, _) in enumerate(parts) if self.of[member] is pool]
+            if mine:
+                logits = pool.head(torch.cat([parts[i][1] for i in mine]))
+                for i, piece in zip(mine, logits.split([len(parts[i][1]) for i in mine]), strict=True):
+                    results[i] = piece
+        return results
+
+
+def _pools(group: dict[int, Member], vocab_size: int, *, merge: bool) -> list[tuple[list[int], Pool]]:
+    try:
+        return [(list(group), PackedPool(group, vocab_size, merge=merge))]
+    except UnsupportedError:
+        return [([number], PlainPool(number, member, vocab_size)) for number, member in group.items()]

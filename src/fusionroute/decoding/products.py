@@ -1,0 +1,129 @@
+"""Linear maps of a decoder as few large products: neighbours side by side, every member's LoRA stacked beside them.
+
+`q`, `k`, `v` (or `gate`, `up`) read the same input, so their weights become one matrix; the A factors of all adapters
+are further rows of it. One product gives the base's output and every adapter's low-rank input; a mask keeps, of each
+token, the columns of its own lane; one more product with the stacked B factors adds the correction. Exact: a masked
+column is a zero in the sum.
+
+Shapes: N tokens, `in`/`out` widths, R the ranks of all adapters of all the maps together.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fusionroute.errors import FusionRouteError
+
+
+class UnsupportedError(FusionRouteError):
+    """This model has something that the packed pass does not know; run it as transformers does."""
+
+
+def base_of(module: Any) -> Any:
+    """The linear layer itself, under the adapters that PEFT may have put around it."""
+    return getattr(module, "base_layer", module)
+
+
+def factors(module: Any, adapter: str | None) -> tuple[Tensor, Tensor] | None:
+    """A `[r, in]` and scaled B `[out, r]` of `adapter` on `module`; None if it has none there.
+
+    Raises:
+        UnsupportedError: a kind of LoRA that is more than `y + B A x`.
+    """
+    if adapter is None or adapter not in getattr(module, "lora_A", {}):
+        return None
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    if getattr(module, "lora_variant", {}).get(adapter) is not None or module.use_dora.get(adapter):
+        raise UnsupportedError(f"adapter {adapter}: only plain LoRA runs in the packed pass")
+    if up.bias is not None or module.fan_in_fan_out:
+        raise UnsupportedError(f"adapter {adapter}: LoRA with a bias or transposed weights")
+    return down.weight, up.weight * module.scaling[adapter]
+
+
+class Product:
+    """`y = W x + b`, and of each token the LoRA of its lane.
+
+    Args:
+        modules: linear layers (or PEFT's wrappers of them) with the same input; their outputs stand side by side.
+        lanes: adapter names by lane; None is the base as it stands.
+        merge: add the one lane's adapter into a copy of the weights instead.
+    """
+
+    def __init__(self, modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool = False) -> None:
+        bases = [base_of(module) for module in modules]
+        if any(not isinstance(base, torch.nn.Linear) for base in bases):
+            raise UnsupportedError(f"{type(bases[0]).__name__} is not a plain linear layer (quantised?)")
+        weights = [base.weight for base in bases]
+        found = [[factors(module, lane) for module in modules] for lane in lanes]
+        self.out = sum(weight.shape[0] for weight in weights)
+        if merge:
+            (only,) = found
+            weights = [w if f is None else _merged(w, *f) for w, f in zip(weights, only, strict=True)]
+            found = []
+        self.mask, self.up = _stack_up(weights, found)
+        downs = [pair[0] for lane in found for pair in lane if pair is not None]
+        self.weight = torch.cat([*weights, *(down.to(weights[0].dtype) for down in downs)])
+        self.bias = _biases(bases, self.weight)
+        if not merge:
+            self._share(bases)
+
+    def _share(self, bases: Sequence[Any]) -> None:
+        """Point the layers' own weights into the one matrix, so that the base is in memory once."""
+        at = 0
+        for base in bases:
+            rows = base.weight.shape[0]
+            base.weight.data = self.weight[at : at + rows]
+            at += rows
+
+    def __call__(self, x: Tensor, lanes: Tensor | None) -> Tensor:
+        """`x [N, in]` and the lane of each token `[N]` (None: no token has an adapter) give `[N, out]`."""
+        if self.up is None:
+            return linear(x, self.weight, self.bias)
+        if lanes is None:
+            return linear(x, self.weight[: self.out], None if self.bias is None else self.bias[: self.out])
+        y = linear(x, self.weight, self.bias)
+        assert self.mask is not None
+        return torch.addmm(y[:, : self.out], y[:, self.out :] * self.mask[lanes], self.up)
+
+
+def _merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return (weight.float() + up.float() @ down.float()).to(weight.dtype)
+
+
+def _stack_up(
+    weights: Sequence[Tensor], found: Sequence[Sequence[tuple[Tensor, Tensor] | None]]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which of the R columns each lane uses `[lanes, R]`, and the B factors `[R, out]`, zero outside their own map."""
+    ranks = [[0 if pair is None else pair[0].shape[0] for pair in lane] for lane in found]
+    total = sum(map(sum, ranks))
+    if not total:
+        return None, None
+    out = sum(weight.shape[0] for weight in weights)
+    mask = weights[0].new_zeros(len(found), total)
+    up = weights[0].new_zeros(total, out)
+    at = 0
+    for lane, pairs in enumerate(found):
+        column = 0
+        for weight, pair, rank in zip(weights, pairs, ranks[lane], strict=True):
+            if pair is not None:
+                mask[lane, at : at + rank] = 1
+                up[at : at + rank, column : column + weight.shape[0]] = pair[1].T
+                at += rank
+            column += weight.shape[0]
+    return mask, up
+
+
+def _biases(bases: Sequence[Any], weight: Tensor) -> Tensor | None:
+    """Biases side by side, zero for layers without one and for the A factors; None if no layer has one."""
+    if all(base.bias is None for base in bases):
+        return None
+    bias = weight.new_zeros(weight.shape[0])
+    at = 0
+    for base in bases:
+        if base.bias is not None:
+            bias[at : at + base.weight.shape[0]] = base.bias
+        at += base.weight.shape[0]
+    return bias

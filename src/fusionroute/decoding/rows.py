@@ -1,0 +1,138 @@
+"""One row's life in the engine: what was asked, what is written so far, what one step decides, what comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from fusionroute.decoding.drafting import Draft
+from fusionroute.decoding.pace import Acceptance
+from fusionroute.decoding.sampling import Sampling
+from fusionroute.decoding.text import TextPieces
+from fusionroute.fusion import TokenTrace
+
+if TYPE_CHECKING:
+    from fusionroute.decoding.engine import Engine
+
+Finish = Literal["stop", "length", "error", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to be: a prompt and how to go on from it.
+
+    Attributes:
+        prompt: ids, as `collection.encode_chat` gives them.
+        stop: strings that end the text; they may span tokens.
+        ignore_end: go on after an end id.
+        alpha: weight of the complement; None takes the collection's.
+        expert: always this expert, whatever the scores.
+        logprobs: that many likeliest alternatives with their log-probabilities at each token, of the fused distribution
+            before temperature; 0 gives the emitted token's alone, None nothing.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+    ignore_end: bool = False
+    alpha: float | None = None
+    expert: str | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of one emitted token: its log-probability, and the likeliest (id, log-probability) pairs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Event:
+    """What one step gave one row: its new tokens, and why it ended if it did.
+
+    `tail` is text that was held back for a stop string that did not come.
+    """
+
+    row: int
+    tokens: list[TokenTrace]
+    logprobs: list[Logprobs]
+    finish: Finish | None = None
+    error: Exception | None = None
+    tail: str = ""
+
+
+@dataclass
+class Completion:
+    """One whole answer."""
+
+    tokens: list[TokenTrace]
+    logprobs: list[Logprobs]
+    finish: Finish
+    error: Exception | None = None
+    tail: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens) + self.tail
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
+class Row:
+    """A sequence that is being written."""
+
+    def __init__(self, number: int, request: Request, engine: "Engine") -> None:
+        config = engine.model.config
+        self.number, self.request = number, request
+        self.ids = list(request.prompt)
+        self.alpha = config.alpha if request.alpha is None else request.alpha
+        self.expert = None if request.expert is None else config.expert_index(request.expert)
+        self.routed = self.expert is None or self.alpha != 0
+        self.ends = frozenset() if request.ignore_end else engine.ends
+        self.limit = min(len(self.ids) + request.max_new_tokens, engine.context)
+        self.last_route = self.expert
+        self.text = None if engine.tokenizer is None else TextPieces(engine.tokenizer, request.stop)
+        self.draft: Draft | None = None
+        self.acceptance = Acceptance(engine.draft_length)
+
+    @property
+    def new(self) -> int:
+        return len(self.ids) - len(self.request.prompt)
+
+
+class Block:
+    """What one step decides for one row: the token after each of its last tokens, drafted ones included.
+
+    Position j decides token `first + j`; there are `len(drafts) + 1` positions.
+    """
+
+    def __init__(self, row: Row, drafts: list[int], held: Sequence[Tensor] = ()) -> None:
+        self.row, self.drafts = row, drafts
+        self.held = list(held)  # the router's hidden states [1, d] from drafting
+        self.first = len(row.ids)
+        self.ids = row.ids + drafts
+        self.count = len(drafts) + 1
+        self.router: Tensor | None = None  # hidden states [count, d]
+        self.scores: Tensor | None = None  # [count, n]
+        self.routes: list[int] = [row.expert] * self.count if row.expert is not None else []
+        self.experts: dict[int, tuple[int, Tensor]] = {}  # expert: (first position, hidden states from there on)
+        self.at = 0
+        self.done = False
+        self.kept = 0  # drafted tokens that were drawn
+        self.failure: Exception | None = None
+        self.event = Event(row.number, [], [])
+
+    def has(self, position: int) -> bool:
+        """Whether the chosen expert has run at `position`."""
+        found = self.experts.get(self.routes[position])
+        return found is not None and found[0] <= position
+
+    def hidden(self, position: int) -> Tensor:
+        first, states = self.experts[self.routes[position]]
+        return states[position - first]

@@ -1,0 +1,243 @@
+"""What the engine does beside writing the right tokens: traces, ends, policies, faults, memory, refusals."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tests.decoding.conftest import LONGEST, PROMPTS, SAMPLINGS, write
+
+from fusionroute import FusionRouteForCausalLM, load_tokenizer
+from fusionroute.decoding.drafting import PromptLookup
+from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.rows import Request
+from fusionroute.decoding.sampling import Sampling
+from fusionroute.errors import UsageError
+
+Reference = Callable[[str, int, int], list[tuple[int, str]]]
+Collection = Callable[[str], FusionRouteForCausalLM]
+PROMPT = PROMPTS[1]
+
+
+def test_trace_of_a_token(collection: Collection, make_collection: Callable[[str], Path]) -> None:
+    model = collection("mixed")
+    first = next(Engine(model, load_tokenizer(make_collection("mixed"))).stream(Request(PROMPT, 1)))
+    ids = torch.tensor([PROMPT])
+    output = model(ids)
+    scores = output.scores[0, -1]
+    names = model.config.expert_names
+    chosen = model.experts[names.index(first.expert)]
+    alone = chosen(input_ids=ids).logits[0, -1, : model.config.vocab_size]
+    router = model.router(input_ids=ids).logits[0, -1, : model.config.vocab_size]
+    fused = alone + router
+    assert first.weights == pytest.approx(dict(zip(names, scores.softmax(-1).tolist(), strict=True)), abs=1e-5)
+    assert first.expert == names[int(scores.argmax())]
+    assert first.expert_choice == int(alone.argmax())
+    assert first.router_choice == int(router.argmax())
+    assert first.fused_choice == first.id == int(fused.argmax())
+    assert first.overruled == (first.fused_choice != first.expert_choice)
+    gap = fused.log_softmax(-1)[first.id] - alone.log_softmax(-1)[first.id]
+    assert first.gap == pytest.approx(float(gap), abs=1e-4)
+    assert not first.drafted
+
+
+def test_an_end_id_ends_the_row_and_is_not_part_of_it(collection: Collection, reference: Reference) -> None:
+    free = [token for token, _ in reference("llama", 1, 0)]
+    engine = Engine(collection("llama"))
+    engine.ends = frozenset([free[5]])
+    (answer,) = engine.generate([Request(PROMPT, LONGEST)])
+    assert answer.ids == free[: free.index(free[5])]
+    assert answer.finish == "stop"
+
+
+def test_end_ids_can_be_ignored(collection: Collection, reference: Reference) -> None:
+    free = [token for token, _ in reference("llama", 1, 0)]
+    engine = Engine(collection("llama"))
+    engine.ends = frozenset([free[5]])
+    (answer,) = engine.generate([Request(PROMPT, LONGEST, ignore_end=True)])
+    assert (answer.ids, answer.finish) == (free, "length")
+
+
+def test_min_tokens_puts_the_end_off(collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"))
+    engine.ends = frozenset([reference("llama", 1, 0)[0][0]])
+    (answer,) = engine.generate([Request(PROMPT, LONGEST, Sampling(min_tokens=4))])
+    assert len(answer.ids) >= 4
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup(2, 1)])
+def test_a_stop_string_ends_the_text_before_it(
+    drafter: PromptLookup | None, collection: Collection, make_collection: Callable[[str], Path]
+) -> None:
+    model, tokenizer = collection("llama"), load_tokenizer(make_collection("llama"))
+    (free,) = Engine(model, tokenizer).generate([Request(PROMPT, LONGEST)])
+    stop = free.text[4:7]
+    (answer,) = Engine(model, tokenizer, drafter=drafter).generate([Request(PROMPT, LONGEST, stop=[stop])])
+    assert answer.text == free.text[: free.text.find(stop)]
+    assert answer.finish == "stop"
+
+
+def test_text_held_back_for_a_stop_string_comes_in_the_end(
+    collection: Collection, make_collection: Callable[[str], Path]
+) -> None:
+    model, tokenizer = collection("llama"), load_tokenizer(make_collection("llama"))
+    (free,) = Engine(model, tokenizer).generate([Request(PROMPT, LONGEST)])
+    (answer,) = Engine(model, tokenizer).generate([Request(PROMPT, LONGEST, stop=[free.text[-1] + "never"])])
+    assert answer.text == free.text
+
+
+def test_logprobs_are_those_of_the_fused_distribution(collection: Collection) -> None:
+    model = collection("qwen2")
+    sampling = Sampling(temperature=3.0, seed=1)
+    (answer,) = Engine(model).generate([Request(PROMPT, 3, sampling, logprobs=2)])
+    logprobs = model(torch.tensor([PROMPT + answer.ids])).logits[0].log_softmax(-1)
+    for step, found in enumerate(answer.logprobs):
+        expected = logprobs[len(PROMPT) - 1 + step]
+        assert found.logprob == pytest.approx(float(expected[answer.ids[step]]), abs=1e-4)
+        assert [token for token, _ in found.top] == expected.topk(2).indices.tolist()
+        assert [value for _, value in found.top] == pytest.approx(expected.topk(2).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("alpha", "expert"), [(0.0, None), (0.5, None), (None, "code"), (0.0, "code"), (2.0, "math")])
+def test_rows_of_different_policies_share_a_step(
+    alpha: float | None, expert: str | None, collection: Collection, reference: Reference
+) -> None:
+    model = collection("adapters")
+    plain, own = Engine(model).generate([Request(PROMPT, 8), Request(PROMPT, 8, alpha=alpha, expert=expert)])
+    assert [(t.id, t.expert) for t in plain.tokens] == reference("adapters", 1, 0)[:8]
+    assert [(t.id, t.expert) for t in own.tokens] == write(model, PROMPT, Sampling(), 8, alpha, expert)
+
+
+def test_a_forced_expert_without_complement_runs_no_other_member(collection: Collection) -> None:
+    engine = Engine(collection("adapters"))
+    engine.generate([Request(PROMPT, 4, alpha=0, expert="code")])
+    assert engine.members.tokens == [0, 0, len(PROMPT) + 3, 0][: len(engine.members.tokens)]
+
+
+def test_an_expert_never_chosen_has_no_cache(collection: Collection) -> None:
+    engine = Engine(collection("llama"), mode="lazy")
+    engine.submit(Request(PROMPT, 4, alpha=1, expert="math"))
+    engine.step()
+    of = dict(zip(["router", *engine.names], engine.members.of, strict=True))
+    assert of["math"].allocated > 0
+    assert of["code"].allocated == 0
+
+
+def test_total_catch_up_is_at_most_one_prefill(collection: Collection) -> None:
+    model = collection("llama")
+    engine = Engine(model, mode="lazy")
+    (answer,) = engine.generate([Request(PROMPT, LONGEST, SAMPLINGS[1])])
+    assert len({token.expert for token in answer.tokens}) > 1
+    assert max(engine.members.tokens) <= len(PROMPT) + LONGEST - 1
+
+
+def fails_at_ten(ids: Sequence[int]) -> list[int]:
+    if len(ids) == 10:
+        raise RuntimeError("no grammar today")
+    return list(range(3, 300))
+
+
+def test_a_mask_that_raises_ends_its_row_alone(collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"))
+    good, bad = engine.generate([Request(PROMPT, LONGEST), Request(PROMPT, LONGEST, Sampling(mask=fails_at_ten))])
+    assert good.ids == [token for token, _ in reference("llama", 1, 0)]
+    assert bad.finish == "error"
+    assert str(bad.error) == "no grammar today"
+    assert len(bad.ids) == 5
+    assert engine.members.allocated == 0
+
+
+def test_a_mask_that_allows_nothing_is_an_error_of_its_row(collection: Collection) -> None:
+    (answer,) = Engine(collection("llama")).generate([Request(PROMPT, 4, Sampling(mask=lambda ids: []))])
+    assert isinstance(answer.error, UsageError)
+
+
+def test_a_stream_that_is_left_frees_its_row(collection: Collection) -> None:
+    engine = Engine(collection("llama"))
+    stream = engine.stream(Request(PROMPT, LONGEST))
+    next(stream)
+    assert engine.members.allocated > 0
+    stream.close()
+    assert engine.members.allocated == 0
+
+
+def test_rows_wait_for_room(collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"))
+    engine.kv_budget = engine.members.nbytes([len(PROMPT) + LONGEST])
+    for _ in range(3):
+        engine.submit(Request(PROMPT, LONGEST))
+    engine.step()
+    assert (len(engine.active), len(engine.waiting)) == (1, 2)
+    answers = engine.generate([Request(PROMPT, LONGEST)])
+    assert answers[0].ids == [token for token, _ in reference("llama", 1, 0)]
+
+
+def test_a_row_that_never_fits_is_refused_with_both_sizes(collection: Collection) -> None:
+    engine = Engine(collection("llama"), kv_budget=1000)
+    with pytest.raises(
+        UsageError, match=r"5 prompt tokens and 16 new ones need 0 MB of KV cache and the budget is 0 MB"
+    ):
+        engine.submit(Request(PROMPT, LONGEST))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "the prompt has no token"),
+        (Request([5] * 600), "the prompt has 600 tokens and the context 512"),
+        (Request([5, 9999]), "the prompt has token id 9999, the members share 320 ids"),
+        (Request([5], expert="poetry"), "poetry"),
+        (Request([5], stop=["x"]), "stop strings need a tokenizer"),
+        (Request([5], max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+    ],
+)
+def test_refusals(request_: Request, message: str, collection: Collection) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine(collection("llama")).submit(request_)
+
+
+def test_the_context_is_never_exceeded(collection: Collection) -> None:
+    (answer,) = Engine(collection("llama")).generate([Request([5] * 509, 50)])
+    assert (len(answer.ids), answer.finish) == (3, "length")
+
+
+def test_the_collection_still_works_beside_its_engine(collection: Collection, reference: Reference) -> None:
+    model = collection("adapters")
+    before = model(torch.tensor([PROMPT])).logits
+    Engine(model)
+    assert torch.allclose(model(torch.tensor([PROMPT])).logits, before, atol=1e-5)
+
+
+def test_adapters_share_the_weights_of_their_base(collection: Collection) -> None:
+    model = collection("adapters")
+    engine = Engine(model)
+    (pool,) = engine.members.pools
+    layer = model.experts[0].model.get_decoder().layers[0]
+    fused = pool.transformer.layers[0].qkv.weight  # type: ignore[attr-defined]
+    assert layer.self_attn.q_proj.base_layer.weight.data_ptr() == fused.data_ptr()
+
+
+def test_samples_of_different_seeds_differ(collection: Collection) -> None:
+    requests = [Request(PROMPT, 8, Sampling(temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+    first, again, other = Engine(collection("llama")).generate(requests)
+    assert first.ids == again.ids != other.ids
+
+
+def test_first_tokens_follow_the_exact_fused_distribution(collection: Collection) -> None:
+    model = collection("llama")
+    logits = model(torch.tensor([PROMPT])).logits[0, -1]
+    allowed = logits.topk(5).indices.tolist()
+    exact = (logits[allowed] / 2).softmax(-1)
+    count = 600
+    sampling = [Sampling(temperature=2.0, seed=seed, mask=lambda ids: allowed) for seed in range(count)]
+    answers = Engine(model).generate([Request(PROMPT, 1, each) for each in sampling])
+    hits = torch.zeros(5)
+    for answer in answers:
+        hits[allowed.index(answer.ids[0])] += 1
+    chi_square = float(((hits - exact * count) ** 2 / (exact * count)).sum())
+    assert chi_square < 18.5  # 99.9 % point with 4 degrees of freedom
+
+
+def test_every_way_of_sampling_is_reached(reference: Reference) -> None:
+    texts = {tuple(reference("llama", 1, number)) for number in range(len(SAMPLINGS))}
+    assert len(texts) == len(SAMPLINGS)

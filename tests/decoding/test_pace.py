@@ -1,0 +1,190 @@
+"""Costs, acceptance and modes against what they are made to measure."""
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
+
+sizes = st.lists(st.integers(1, 64), min_size=3, max_size=60)
+
+
+@given(sizes, st.floats(0.001, 10), st.floats(0.0001, 1))
+def test_the_slope_of_a_line_is_found(sizes: list[int], base: float, slope: float) -> None:
+    assume(max(sizes) - min(sizes) > 8)  # so that the steps differ measurably
+    cost = CostModel(decay=1.0)
+    for tokens in sizes:
+        cost.add(tokens, base + slope * tokens)
+    average = sum(base + slope * tokens for tokens in sizes) / len(sizes)
+    assert cost.relative_slope == pytest.approx(slope / average, rel=1e-3)
+
+
+@given(st.floats(0.5, 1))
+def test_decay_does_not_bend_a_line(decay: float) -> None:
+    cost = CostModel(decay)
+    for tokens in [1, 9, 17, 33] * 3:
+        cost.add(tokens, 2 + 0.5 * tokens)
+    average = cost.y / cost.weight
+    assert cost.relative_slope * average == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_unit_of_time_does_not_matter() -> None:
+    seconds, milliseconds = CostModel(), CostModel()
+    for tokens in (1, 9, 4, 30):
+        seconds.add(tokens, 0.1 + 0.01 * tokens)
+        milliseconds.add(tokens, 100 + 10 * tokens)
+    assert seconds.relative_slope == pytest.approx(milliseconds.relative_slope)
+
+
+def test_recent_steps_count_more() -> None:
+    cost = CostModel(decay=0.9)
+    for slope in (1.0, 0.0):
+        for tokens in [1, 20] * 60:
+            cost.add(tokens, 10 + slope * tokens)
+    assert cost.relative_slope < 0.001
+
+
+def test_before_data_it_is_a_guess() -> None:
+    assert CostModel().relative_slope == 0.02
+
+
+@given(st.integers(1, 512), st.lists(st.floats(0.001, 10), min_size=1, max_size=50))
+def test_steps_of_one_size_tell_nothing(tokens: int, seconds: list[float]) -> None:
+    cost = CostModel()
+    for second in seconds:
+        cost.add(tokens, second)
+    assert cost.relative_slope == 0.02
+
+
+@given(st.lists(st.tuples(st.integers(1, 512), st.floats(0, 10)), max_size=30))
+def test_no_token_is_ever_below_free(steps: list[tuple[int, float]]) -> None:
+    cost = CostModel()
+    for tokens, seconds in steps:
+        cost.add(tokens, seconds)
+    assert cost.relative_slope >= 0
+
+
+# ---------------------------------------------------------------------------------------------------- acceptance
+
+
+def until_off(acceptance: Acceptance, price: float) -> None:
+    """Drafts of which nothing is kept, until no more are asked for."""
+    for _ in range(200):
+        count = acceptance.count(price)
+        if not count:
+            return
+        acceptance.add(0, count)
+    raise AssertionError("it never stopped")
+
+
+def test_a_new_row_drafts() -> None:
+    assert Acceptance(8).count(0.1) == 8
+
+
+@pytest.mark.parametrize("price", [0.02, 0.2, 0.9])
+def test_a_row_of_which_nothing_is_kept_stops(price: float) -> None:
+    until_off(Acceptance(8), price)
+
+
+@given(st.integers(1, 16), st.floats(0, 0.95), st.integers(1, 60))
+def test_a_row_of_which_all_is_kept_goes_on(longest: int, price: float, drafts: int) -> None:
+    acceptance = Acceptance(longest)
+    for _ in range(drafts):
+        acceptance.add(longest, longest)
+    assume(price < 0.5 + 0.4 * (1 - 0.85**drafts))
+    assert acceptance.count(price) == longest
+
+
+def test_a_dear_draft_is_not_made() -> None:
+    assert Acceptance(8).count(0.6) == 0
+
+
+@given(st.integers(2, 40))
+def test_a_stopped_row_tries_again_after_retry_tokens(retry: int) -> None:
+    acceptance = Acceptance(8, retry=retry)
+    until_off(acceptance, 0.2)  # the call that found it off is the first token
+    assert [acceptance.count(0.2) > 0 for _ in range(retry - 1)] == [False] * (retry - 2) + [True]
+
+
+def test_a_try_that_fails_is_followed_by_a_whole_pause() -> None:
+    acceptance = Acceptance(8, retry=10)
+    until_off(acceptance, 0.2)
+    while not (count := acceptance.count(0.2)):
+        pass
+    acceptance.add(0, count)
+    assert [acceptance.count(0.2) > 0 for _ in range(10)] == [False] * 9 + [True]
+
+
+def test_tries_that_succeed_turn_drafting_on() -> None:
+    acceptance = Acceptance(8, retry=10)
+    until_off(acceptance, 0.2)
+    for _ in range(30):
+        if count := acceptance.count(0.2):
+            acceptance.add(count, count)
+    assert acceptance.count(0.2) == 8
+
+
+@given(st.integers(1, 16), st.floats(0, 2), st.lists(st.integers(0, 16), max_size=60))
+def test_no_more_is_asked_for_than_a_draft_may_have(longest: int, price: float, kept: list[int]) -> None:
+    acceptance = Acceptance(longest, retry=3)
+    for number in kept:
+        count = acceptance.count(price)
+        assert 0 <= count <= longest
+        if count:
+            acceptance.add(min(number, count), count)
+
+
+# --------------------------------------------------------------------------------------------------------- modes
+
+
+def run(modes: FastestMode, steps: int, cost: dict[str, float], tokens: int = 1) -> list[str]:
+    """The modes of so many steps that cost `cost` seconds a token."""
+    taken = []
+    for _ in range(steps):
+        mode = modes.current()
+        taken.append(mode)
+        modes.add(mode, tokens, cost[mode] * tokens)
+    return taken
+
+
+@given(st.floats(0.001, 10), st.floats(0.001, 10))
+def test_after_the_trials_the_cheaper_mode_runs(first: float, second: float) -> None:
+    assume(abs(first - second) > 0.01 * max(first, second))
+    cost = {"a": first, "b": second}
+    assert set(run(FastestMode(["a", "b"]), 200, cost)[12:]) == {min(cost, key=lambda mode: cost[mode])}
+
+
+def test_each_mode_is_tried() -> None:
+    assert run(FastestMode(["a", "b", "c"], trial=2), 6, {"a": 1, "b": 1, "c": 1}) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_seconds_a_token_count_not_seconds_a_step() -> None:
+    modes = FastestMode(["few", "many"])
+    for _ in range(12):
+        mode = modes.current()
+        modes.add(mode, *((1, 1.0) if mode == "few" else (4, 2.0)))
+    assert modes.current() == "many"
+
+
+def test_the_loser_is_tried_again_each_period() -> None:
+    taken = run(FastestMode(["a", "b"], trial=3, period=50), 100, {"a": 1, "b": 2})
+    assert taken[53:56] == ["b"] * 3
+
+
+@pytest.mark.parametrize(("before", "after"), [({"a": 1, "b": 2}, "b"), ({"a": 2, "b": 1}, "a")])
+def test_a_loser_that_has_become_cheaper_wins_in_time(before: dict[str, float], after: str) -> None:
+    modes = FastestMode(["a", "b"], trial=6, period=40)
+    run(modes, 40, before)
+    run(modes, 400, {"a": before["b"], "b": before["a"]})
+    assert set(run(modes, 40, {"a": before["b"], "b": before["a"]})[12:]) == {after}
+
+
+@given(st.integers(0, 500))
+def test_a_mode_without_another_is_always_it(steps: int) -> None:
+    modes = FastestMode(["lazy"])
+    modes.steps = steps
+    assert modes.current() == "lazy"
+
+
+def test_steps_without_tokens_do_no_harm() -> None:
+    assert run(FastestMode(["a", "b"], trial=1), 5, {"a": 1, "b": 2}, tokens=0)[:2] == ["a", "b"]

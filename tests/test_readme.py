@@ -51,6 +51,8 @@ def test_command(line: str, place: Path) -> None:
     elif "DIR" in words:  # the tiny run's recipe, rows and collection stand in for the hours-long one's
         tiny = ["--recipe", "demo/recipe.yaml", "--data", "demo/tiny-data", "--collection", "demo/collection"]
         done = run([*words[: words.index("--recipe")], *tiny], place)
+    elif words[1:3] == ["bench", "decode"]:
+        done = run([*words, "--quick", "--collection", "demo/collection"], place)
     else:
         done = run(words, place)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,7 +60,13 @@ def test_command(line: str, place: Path) -> None:
 
 @pytest.mark.slow
 def test_python(place: Path) -> None:
-    (code,) = blocks("python")
-    done = run([sys.executable, "-c", code], place)
+    done = run([sys.executable, "-c", blocks("python")[0]], place)
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1])) <= {"general", "math", "code"}
+
+
+@pytest.mark.slow
+def test_python_of_the_engine(place: Path) -> None:
+    done = run([sys.executable, "-c", blocks("python")[1]], place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(r"^(?:stop|length) .+", done.stdout, flags=re.MULTILINE)) == 2

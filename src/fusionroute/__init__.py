@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fusionroute.collection import encode_chat as encode_chat
     from fusionroute.collection import load_tokenizer as load_tokenizer
     from fusionroute.configuration import FusionRouteConfig as FusionRouteConfig
     from fusionroute.configuration import MemberSpec as MemberSpec
+    from fusionroute.decoding.engine import Engine as Engine
+    from fusionroute.decoding.rows import Request as Request
+    from fusionroute.decoding.sampling import Sampling as Sampling
     from fusionroute.errors import FusionRouteError as FusionRouteError
     from fusionroute.fusion import TokenTrace as TokenTrace
     from fusionroute.modeling import FusionRouteForCausalLM as FusionRouteForCausalLM
 
 _HOMES = {
+    "Engine": "decoding.engine",
     "FusionRouteConfig": "configuration",
     "FusionRouteError": "errors",
     "FusionRouteForCausalLM": "modeling",
     "MemberSpec": "configuration",
+    "Request": "decoding.rows",
+    "Sampling": "decoding.sampling",
     "TokenTrace": "fusion",
+    "encode_chat": "collection",
     "load_tokenizer": "collection",
 }
 __all__ = [*sorted(_HOMES), "__version__"]

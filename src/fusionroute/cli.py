@@ -17,6 +17,9 @@ app = typer.Typer(
     help="Several frozen, specialised language models answer as one, token by token.",
 )
 
+benches = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(benches, name="bench")
+
 Collection = Annotated[
     str | None,
     typer.Option("--collection", "-c", help="Folder, Hub id or packaged name; the default collection if none."),
@@ -186,6 +189,27 @@ def routing(
 
     result, text = workflows.measure(collection, recipe, data, base)
     print(json.dumps(result) if as_json else text)
+
+
+@benches.command()
+def decode(
+    collection: Collection = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and two rounds, in two minutes.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file.")] = None,
+    dtype: Dtype = "bfloat16",
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Decoding in every mode with every drafter, against transformers' `generate` of one expert; last line JSON."""
+    from fusionroute.decoding import bench_report
+    from fusionroute.decoding.bench import measure_collection
+
+    document = measure_collection(collection, dtype, base, quick=quick)
+    if not as_json:
+        print(bench_report.render(document))
+    if plot is not None:
+        bench_report.plot(document, plot)
+    print(json.dumps(document))
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

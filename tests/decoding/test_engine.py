@@ -14,6 +14,7 @@ from tests.decoding.conftest import LONGEST, PROMPTS, SAMPLINGS, alternating, wr
 from fusionroute import FusionRouteForCausalLM
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 
@@ -71,6 +72,7 @@ def run(engine: Engine, wanted: list[dict[str, Any]]) -> dict[int, list[tuple[in
         for event in engine.step():
             assert event.error is None
             written[owners[event.row]] += [(token.id, token.expert) for token in event.tokens]
+        assert engine.members.allocated <= engine.kv_budget
         step += 1
     return written
 
@@ -93,7 +95,8 @@ def test_an_engine_writes_what_the_reference_writes(
         ids = [token for token, _ in expected[0]] * 3
         drafts = [ids[i : i + 4] for i in range(1, 12, 2)]
         options["drafter"] = Oracle(drafts if options["drafter"] == "right" else [d[::-1] for d in drafts])
-    engine = Engine(model, **options)
+    members = Members(model, separate=options.pop("separate"))
+    engine = Engine(model, members=members, **options)
     # An end id of one row is one of all of them.
     ends = {
         expected[i][row["end"]][0]

@@ -35,10 +35,11 @@ class Engine:
     """Decodes with a collection.
 
     Args:
-        model: the collection. Its members' weights are shared, not copied, unless `separate`.
+        model: the collection. Its members' weights are shared, not copied.
         tokenizer: decodes the traces' text and finds stop strings; None leaves text empty.
         mode: which experts run in the router's pass; `auto` takes what is measured to be fastest.
-        separate: every member has weights of its own, adapters merged into copies.
+        members: the collection's members in their pools, to share them with another engine that is idle meanwhile, or
+            to run adapters from merged copies (`Members(model, separate=True)`).
         drafter: who proposes tokens; None proposes none.
         draft_length: tokens of a draft.
         kv_budget: bytes of keys and values; rows wait while there is no room. None takes half of the free memory.
@@ -53,13 +54,13 @@ class Engine:
         tokenizer: Any = None,
         *,
         mode: Mode = "auto",
-        separate: bool = False,
+        members: Members | None = None,
         drafter: Drafter | RouterDraft | None = None,
         draft_length: int = 8,
         kv_budget: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.members = Members(model, separate=separate)
+        self.members = Members(model) if members is None else members
         self.context: int = model.config.max_position_embeddings
         ends = model.generation_config.eos_token_id
         self.ends = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
@@ -75,7 +76,7 @@ class Engine:
             ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
         )
         self.beside = beside
-        self.cost = CostModel()
+        self.cost, self.draft_cost = CostModel(), CostModel()  # of a step, of a token that the router drafts
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._numbers = 0
@@ -183,9 +184,9 @@ class Engine:
         self._admit()
         if not self.active:
             return []
+        blocks = [Block(row, *drafted) for row, drafted in zip(self.active, self._drafts(), strict=True)]
         started = time.perf_counter()
         before = sum(self.members.tokens)
-        blocks = [Block(row, *drafted) for row, drafted in zip(self.active, self._drafts(), strict=True)]
         mode = self.modes.current()
         prefill = any(self.members.seen(0, row.number) == 0 for row in self.active if row.routed)
         self._first_pass(blocks, mode)
@@ -205,10 +206,14 @@ class Engine:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
         if self.drafter is None:
             return [([], []) for _ in self.active]
-        price = self.cost.relative_slope * len(self.active)
+        price = (self.cost.relative_slope + self.draft_cost.mean / max(self.cost.mean, 1e-9)) * len(self.active)
         counts = [min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active]
         if isinstance(self.drafter, RouterDraft):
-            return self._router_drafts(counts)
+            started = time.perf_counter()
+            made = self._router_drafts(counts)
+            if count := sum(len(drafts) for drafts, _ in made):
+                self.draft_cost.add(1, (time.perf_counter() - started) / count)
+            return made
         return [
             (row.draft.propose(count) if row.draft is not None and count > 0 else [], [])
             for row, count in zip(self.active, counts, strict=True)

@@ -6,7 +6,6 @@ row's tokens the member has seen, is the single source of truth: catching up and
 rejected drafts only lower watermarks. Knows no route, no sampling and no text.
 """
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -37,6 +36,7 @@ class Pool(Protocol):
 
     head: Head
     rewindable: bool
+    weight_bytes: int  # that a pass reads, LM head included
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]: ...
     def seen(self, member: int, row: int) -> int: ...
@@ -45,6 +45,11 @@ class Pool(Protocol):
     def nbytes(self, lengths: Sequence[int]) -> int: ...
     @property
     def allocated(self) -> int: ...
+
+
+def _room(length: int) -> int:
+    """Tokens to make room for: in steps, since growing copies everything."""
+    return -(-length // 256) * 256
 
 
 class PackedPool:
@@ -60,17 +65,18 @@ class PackedPool:
     def __init__(self, members: dict[int, Member], vocab_size: int, *, merge: bool = False) -> None:
         model = next(iter(members.values())).model
         head = model.get_output_embeddings()
-        if hasattr(head, "lora_A") or hasattr(head, "modules_to_save"):
+        if hasattr(head, "lora_A"):
             raise UnsupportedError("an adapter on the LM head")
         self.transformer = Transformer(model, [member.adapter for member in members.values()], merge=merge)
         self.head = Head(model, vocab_size)
+        self.weight_bytes = self.transformer.weight_bytes + head.weight.nbytes
         self.lanes = {number: lane for lane, number in enumerate(members)}
         self.cache = self.transformer.new_cache()
         self.slots: dict[tuple[int, int], int] = {}
         self.marks: dict[tuple[int, int], int] = {}
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]:
-        self.cache.reserve(max(len(job.ids) for job in jobs))
+        self.cache.reserve(_room(max(len(job.ids) for job in jobs)))
         spans = []
         for job in jobs:
             key = (job.member, job.row)
@@ -98,8 +104,9 @@ class PackedPool:
                 self.cache.release(slot)
 
     def nbytes(self, lengths: Sequence[int]) -> int:
-        """Bytes of keys and values if rows of these lengths visit every member."""
-        return max(lengths, default=0) * len(lengths) * len(self.lanes) * self.cache.bytes_per_token
+        """Bytes of keys and values if rows of these lengths visit every member; slots double, and all are as long."""
+        slots = max(1 << (len(lengths) * len(self.lanes) - 1).bit_length() if lengths else 0, self.cache.slots)
+        return slots * max([self.cache.capacity, *map(_room, lengths)]) * self.cache.bytes_per_token
 
     @property
     def allocated(self) -> int:
@@ -114,6 +121,7 @@ class PlainPool:
 
         self.number, self.member = number, member
         self.head = Head(member.model, vocab_size)
+        self.weight_bytes = sum(p.nbytes for p in member.model.parameters())
         self.caches: dict[int, Any] = {}
         self.marks: dict[int, int] = {}
         self.new_cache = lambda: DynamicCache(config=member.config)
@@ -179,24 +187,25 @@ class Members:
                 self.pools.append(pool)
                 for number in numbers:
                     self.of[number] = pool
-        self.tokens = [0] * len(self.of)  # run so far, by member
-        self.passes = 0
-        self.seconds = 0.0
+        # Counted since the start: tokens by member, passes by pool, first visits of a row by a member.
+        self.tokens = [0] * len(self.of)
+        self.passes = [0] * len(self.pools)
+        self.visits = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Hidden states `[keep, d]` of every job, in order; jobs of one pool are one pass."""
-        started = time.perf_counter()
         results: list[Tensor] = [None] * len(jobs)  # type: ignore[list-item]
-        for pool in self.pools:
+        for index, pool in enumerate(self.pools):
             mine = [i for i, job in enumerate(jobs) if self.of[job.member] is pool]
             if not mine:
                 continue
             for i in mine:
-                self.tokens[jobs[i].member] += len(jobs[i].ids) - pool.seen(jobs[i].member, jobs[i].row)
+                seen = pool.seen(jobs[i].member, jobs[i].row)
+                self.tokens[jobs[i].member] += len(jobs[i].ids) - seen
+                self.visits += seen == 0
             for i, hidden in zip(mine, pool.run([jobs[i] for i in mine]), strict=True):
                 results[i] = hidden
-            self.passes += 1
-        self.seconds += time.perf_counter() - started
+            self.passes[index] += 1
         return results
 
     def seen(self, member: int, row: int) -> int:

@@ -28,40 +28,51 @@ class CostModel:
             setattr(self, name, getattr(self, name) * self.decay + value)
 
     @property
+    def mean(self) -> float:
+        """Seconds of a step; 0 before the first."""
+        return self.y / self.weight if self.weight else 0.0
+
+    @property
     def relative_slope(self) -> float:
         """Cost of one more token in a step, in average steps; 0.02 until steps of different sizes were seen."""
         spread = self.weight * self.xx - self.x**2
         if self.y <= 0 or spread <= 0.25 * self.weight**2:
             return 0.02
-        return max((self.weight * self.xy - self.x * self.y) / spread, 0.0) * self.weight / self.y
+        return max((self.weight * self.xy - self.x * self.y) / spread, 0.0) / self.mean
 
 
 class Acceptance:
-    """How many of a row's drafted tokens are kept, and so how many to ask for next.
+    """How often a row's drafted tokens are kept, and so how many to ask for next.
+
+    A draft is kept up to its first wrong token, so its k-th token is of use with probability p^k.
 
     Args:
         longest: tokens in a draft.
         decay: weight of a draft after one more.
-        retry: tokens after which a row that stopped drafting tries again.
+        retry: steps after which a row that stopped drafting tries again.
     """
 
     def __init__(self, longest: int, decay: float = 0.85, retry: int = 24) -> None:
         self.longest, self.decay, self.retry = longest, decay, retry
-        # As if one draft had been half right: a new row tries.
-        self.kept, self.drafted = longest / 2, float(longest)
+        # As if it had gone well once: a new row tries.
+        self.kept, self.failed = 3.0, 1.0
         self.idle = 0
 
     def add(self, kept: int, drafted: int) -> None:
         self.kept = self.kept * self.decay + kept
-        self.drafted = self.drafted * self.decay + drafted
+        self.failed = self.failed * self.decay + (kept < drafted)
         self.idle = 0
 
     def count(self, price: float) -> int:
-        """How many tokens to draft if one costs `price` of what a kept one saves; 0 is none."""
-        if self.kept > price * self.drafted:
-            return self.longest
+        """How many tokens to draft if each costs `price` of what a kept one saves; 0 is none."""
+        probability = self.kept / max(self.kept + self.failed, 1e-9)
+        count = 0
+        while count < self.longest and probability ** (count + 1) > price:
+            count += 1
+        if count:
+            return count
         self.idle += 1
-        return 2 if self.idle % self.retry == 0 else 0
+        return min(2, self.longest) if self.idle % self.retry == 0 else 0
 
 
 class FastestMode:

@@ -54,8 +54,9 @@ class Product:
 
     def __init__(self, modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool = False) -> None:
         bases = [base_of(module) for module in modules]
-        if any(not isinstance(base, torch.nn.Linear) for base in bases):
-            raise UnsupportedError(f"{type(bases[0]).__name__} is not a plain linear layer (quantised?)")
+        # Quantised layers derive from Linear.
+        if other := next((base for base in bases if type(base) is not torch.nn.Linear), None):
+            raise UnsupportedError(f"{type(other).__name__} is not a plain linear layer (quantised?)")
         weights = [base.weight for base in bases]
         found = [[factors(module, lane) for module in modules] for lane in lanes]
         self.out = sum(weight.shape[0] for weight in weights)

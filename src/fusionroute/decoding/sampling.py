@@ -11,9 +11,7 @@ from torch import Tensor
 
 from fusionroute.errors import UsageError
 
-# Any odd constant would do: neighbouring seeds and positions must not meet in one generator seed.
-_STRIDE = 0x9E3779B97F4A7C15
-_MASK = (1 << 63) - 1
+_MASK = (1 << 64) - 1
 
 Mask = Callable[[Sequence[int]], Collection[int]]
 
@@ -64,10 +62,18 @@ class Sampling:
 
 def gumbel(seed: int, position: int, size: int) -> Tensor:
     """Standard Gumbel noise `[size]` float32 that depends on (seed, position) alone."""
-    generator = torch.Generator().manual_seed((seed * _STRIDE + position) & _MASK)
+    generator = torch.Generator().manual_seed(_mix(seed, position))
     uniform = torch.rand(size, generator=generator, dtype=torch.float64)
     # rand may return 0, whose logarithm is infinite.
     return -torch.log(-torch.log(uniform.clamp(min=1e-300))).float()
+
+
+def _mix(seed: int, position: int) -> int:
+    """32 bits, all that torch's CPU generator is seeded with, of a hash of both (splitmix64's finaliser)."""
+    x = (seed * 0x9E3779B97F4A7C15 + position) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (x ^ (x >> 31)) >> 32
 
 
 def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, ends: Collection[int]) -> Tensor:
@@ -82,7 +88,7 @@ def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, end
     """
     logits = logits.float()
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
         had = logits[seen]
         penalty = sampling.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(had > 0, had / penalty, had * penalty))
@@ -90,8 +96,8 @@ def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, end
         logits = logits.index_fill(0, torch.tensor(sorted(ends), device=logits.device), float("-inf"))
     if sampling.mask is not None:
         allowed = torch.tensor(sorted(sampling.mask(ids)), dtype=torch.long, device=logits.device)
-        if not len(allowed):
-            raise UsageError("the mask allows no token")
+        if not logits[allowed].isfinite().any():
+            raise UsageError("the mask allows no token, or only an end before min_tokens")
         logits = torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
     if sampling.temperature == 0:
         return logits

@@ -16,8 +16,7 @@ class TextPieces:
         self.tokenizer = tokenizer
         self.stops = [stop for stop in stops if stop]
         self.ids: list[int] = []
-        self.start = 0  # ids before it are wholly decoded
-        self.decoded = ""  # text of the ids since `start`
+        self.first = self.read = 0  # ids before `read` are written; those of the last piece begin at `first`
         self.held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
@@ -27,10 +26,11 @@ class TextPieces:
         if not self.stops:
             return piece
         self.held += piece
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        # The first to be complete ends the text, wherever tokens are cut; of several at once the longest.
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            piece, self.held = self.held[: min(found)], ""
+            piece, self.held = self.held[: min(found)[1]], ""
             return piece
         keep = 0 if last else max(_overlap(self.held, stop) for stop in self.stops)
         at = len(self.held) - keep
@@ -38,20 +38,27 @@ class TextPieces:
         return piece
 
     def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
-        piece, self.held = self.held, ""
+        """What was held back: for a stop string that did not come, or of a character that was not finished."""
+        piece, self.held = self.held + self._piece(), ""
         return piece
 
     def _decode(self, token: int, last: bool) -> str:
         """The characters that `token` completes; held back while the text ends inside one."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)
-        if text.endswith("\ufffd") and not last:
+        piece = self._piece()
+        if piece.endswith("\ufffd") and not last:
             return ""
-        piece = text[len(self.decoded) :]
-        # Decoding goes on from the last whole token, since some tokenizers drop a leading space.
-        self.start, self.decoded = len(self.ids) - 1, self.tokenizer.decode([token], skip_special_tokens=True)
-        return str(piece)
+        self.first, self.read = self.read, len(self.ids)
+        return piece
+
+    def _piece(self) -> str:
+        """Text of the ids that are not written yet, decoded after the last piece.
+
+        Some tokenizers drop the space of a first token, and some take neighbouring bytes together.
+        """
+        before = self.tokenizer.decode(self.ids[self.first : self.read], skip_special_tokens=True)
+        text = self.tokenizer.decode(self.ids[self.first :], skip_special_tokens=True)
+        return str(text[len(before) :])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -118,6 +118,10 @@ class Transformer:
     """
 
     def __init__(self, model: Any, lanes: Sequence[str | None] = (None,), *, merge: bool = False) -> None:
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+            raise UnsupportedError("an adapter with modules of its own (modules_to_save)")
         self.model = model.get_decoder()
         self.shape = Shape.of(model.config)
         embedding = self.model.embed_tokens
@@ -128,6 +132,11 @@ class Transformer:
         self.layers = [self._layer(layer, lanes, merge) for layer in self.model.layers]
         self.adapted = [lane is not None and not merge for lane in lanes]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the blocks' matrices: what a pass reads, whatever its size."""
+        return sum(product.weight.nbytes for layer in self.layers for product in layer[:4])
 
     def _norm_weight(self, module: Any) -> Tensor:
         return 1.0 + module.weight.float() if self.shape.centred else module.weight
@@ -277,4 +286,4 @@ class Transformer:
             at += len(span.ids)
             ends[original] = at
         places = [place for end, count in zip(ends, keep, strict=True) for place in range(end - count, end)]
-        return torch.tensor(places, device=self.device)
+        return torch.tensor(places, dtype=torch.long, device=self.device)

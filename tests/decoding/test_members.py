@@ -1,0 +1,126 @@
+"""Pools: watermarks, catching up, and members that only transformers knows how to run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.decoding.conftest import write
+
+from fusionroute import FusionRouteForCausalLM, collection, tiny
+from fusionroute.configuration import MemberSpec
+from fusionroute.decoding.drafting import PromptLookup, RouterDraft
+from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.members import Job, Members, PackedPool, PlainPool
+from fusionroute.decoding.rows import Request
+from fusionroute.decoding.sampling import Sampling
+from fusionroute.errors import UsageError
+from fusionroute.lm_head import hidden_states
+from fusionroute.router import RouteHead
+
+ROW = list(range(40, 60))
+
+
+def states(members: Members, model: FusionRouteForCausalLM, number: int, ids: list[int]) -> torch.Tensor:
+    """What member `number` gives for a whole row, by transformers' own forward."""
+    member = model.members[number]
+    member.activate()
+    with torch.no_grad():
+        return hidden_states(member.model, input_ids=torch.tensor([ids]))[0]
+
+
+@pytest.fixture
+def adapters(collection: Callable[[str], FusionRouteForCausalLM]) -> FusionRouteForCausalLM:
+    return collection("adapters")
+
+
+def test_adapters_on_one_base_are_one_pool(adapters: FusionRouteForCausalLM) -> None:
+    assert [type(pool) for pool in Members(adapters).pools] == [PackedPool]
+
+
+def test_separate_members_have_pools_of_their_own(adapters: FusionRouteForCausalLM) -> None:
+    assert len(Members(adapters, separate=True).pools) == 3
+
+
+@torch.inference_mode()
+def test_catching_up_and_the_new_token_are_one_pass(adapters: FusionRouteForCausalLM) -> None:
+    members = Members(adapters)
+    members.run([Job(1, 0, ROW[:8], 1)])
+    (hidden,) = members.run([Job(1, 0, ROW[:15], 3)])
+    assert torch.allclose(hidden, states(members, adapters, 1, ROW[:15])[-3:], atol=1e-4)
+    assert members.passes == [2]
+    assert members.tokens == [0, 15, 0]
+    assert members.visits == 1
+
+
+@torch.inference_mode()
+def test_rejected_tokens_only_lower_the_watermark(adapters: FusionRouteForCausalLM) -> None:
+    members = Members(adapters)
+    members.run([Job(0, 0, [*ROW[:10], 7, 7, 7], 1), Job(2, 0, ROW[:6], 1)])
+    members.rewind(0, 10)
+    assert [members.seen(number, 0) for number in range(3)] == [10, 0, 6]
+    (hidden,) = members.run([Job(0, 0, ROW, 1)])
+    assert torch.allclose(hidden, states(members, adapters, 0, ROW)[-1:], atol=1e-4)
+
+
+def test_a_released_row_leaves_nothing(adapters: FusionRouteForCausalLM) -> None:
+    members = Members(adapters)
+    members.run([Job(0, 3, ROW, 1)])
+    members.release(3)
+    assert members.allocated == 0
+    assert members.seen(0, 3) == 0
+
+
+def make(root: Path, model: Any) -> FusionRouteForCausalLM:
+    """A collection of a Llama router, `model` as expert math and a Llama as expert code."""
+    tokenizer = tiny.make_tokenizer(root / "tokenizer")
+    tiny.make_model(root / "router", seed=1)
+    tiny.make_model(root / "code", seed=2)
+    model.eval().save_pretrained(root / "math")
+    for name in ("router", "math", "code"):
+        tokenizer.save_pretrained(root / name)
+    head = RouteHead(32, ["math", "code"])
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0), std=3)
+    head.trained = True
+    (root / "head").mkdir()
+    head.save(root / "head")
+    specs = [MemberSpec(name, str(root / name)) for name in ("router", "math", "code")]
+    collection.assemble(root / "collection", specs[0], specs[1:], head=root / "head")
+    made = FusionRouteForCausalLM.from_pretrained(root / "collection")
+    made.generation_config.eos_token_id = None
+    return made
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2,
+    "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup(2, 1), RouterDraft()])
+def test_an_architecture_the_packed_pass_does_not_know(drafter: Any, tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = make(tmp_path, Qwen3ForCausalLM(Qwen3Config(**SIZES)))
+    engine = Engine(model, drafter=drafter, draft_length=3)
+    assert [type(pool) for pool in engine.members.pools] == [PackedPool, PlainPool, PackedPool]
+    sampling = Sampling(temperature=1.0, seed=2)
+    answers = engine.generate([Request(ROW[:n], 12, sampling) for n in (3, 9)])
+    for answer, n in zip(answers, (3, 9), strict=True):
+        expected = write(model, ROW[:n], sampling, 12)
+        assert [(token.id, token.expert) for token in answer.tokens] == expected
+    assert engine.members.allocated == 0
+
+
+def test_nothing_is_drafted_for_a_cache_that_cannot_take_tokens_back(tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    model = make(tmp_path, Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=6)))
+    with pytest.raises(UsageError, match="cannot take tokens back"):
+        Engine(model, drafter=PromptLookup())
+    (answer,) = Engine(model).generate([Request(ROW, 8)])
+    assert [(token.id, token.expert) for token in answer.tokens] == write(model, ROW, Sampling(), 8)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.decoding.conftest import LONGEST, PROMPTS, SAMPLINGS, write
 
 from fusionroute import FusionRouteForCausalLM, load_tokenizer
-from fusionroute.decoding.drafting import PromptLookup
+from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
@@ -137,8 +138,9 @@ def fails_at_ten(ids: Sequence[int]) -> list[int]:
     return list(range(3, 300))
 
 
-def test_a_mask_that_raises_ends_its_row_alone(collection: Collection, reference: Reference) -> None:
-    engine = Engine(collection("llama"))
+@pytest.mark.parametrize("drafter", [None, PromptLookup(2, 1), RouterDraft()])
+def test_a_mask_that_raises_ends_its_row_alone(drafter: Any, collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"), drafter=drafter)
     good, bad = engine.generate([Request(PROMPT, LONGEST), Request(PROMPT, LONGEST, Sampling(mask=fails_at_ten))])
     assert good.ids == [token for token, _ in reference("llama", 1, 0)]
     assert bad.finish == "error"

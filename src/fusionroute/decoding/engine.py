@@ -184,11 +184,11 @@ class Engine:
         self._admit()
         if not self.active:
             return []
+        visits = self.members.visits
         blocks = [Block(row, *drafted) for row, drafted in zip(self.active, self._drafts(), strict=True)]
         started = time.perf_counter()
         before = sum(self.members.tokens)
         mode = self.modes.current()
-        prefill = any(self.members.seen(0, row.number) == 0 for row in self.active if row.routed)
         self._first_pass(blocks, mode)
         self._decide(blocks)
         while any(not block.done for block in blocks):
@@ -196,7 +196,7 @@ class Engine:
             self._decide([block for block in blocks if not block.done])
         for block in blocks:
             self._settle(block)
-        if not prefill:
+        if self.members.visits == visits:  # a prefill says nothing of what a step costs
             seconds = time.perf_counter() - started
             self.cost.add(sum(self.members.tokens) - before, seconds)
             self.modes.add(mode, sum(len(block.event.tokens) for block in blocks), seconds)
@@ -209,9 +209,10 @@ class Engine:
         price = (self.cost.relative_slope + self.draft_cost.mean / max(self.cost.mean, 1e-9)) * len(self.active)
         counts = [min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active]
         if isinstance(self.drafter, RouterDraft):
-            started = time.perf_counter()
+            started, visits = time.perf_counter(), self.members.visits
             made = self._router_drafts(counts)
-            if count := sum(len(drafts) for drafts, _ in made):
+            count = sum(len(drafts) for drafts, _ in made)
+            if count and self.members.visits == visits:
                 self.draft_cost.add(1, (time.perf_counter() - started) / count)
             return made
         return [
@@ -219,7 +220,7 @@ class Engine:
             for row, count in zip(self.active, counts, strict=True)
         ]
 
-    def _router_drafts(self, counts: Sequence[int]) -> list[tuple[list[int], list[Tensor]]]:
+    def _router_drafts(self, counts: list[int]) -> list[tuple[list[int], list[Tensor]]]:
         """Tokens that the router alone would write, drawn with the row's own noise."""
         made: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.active]
         for step in range(max(counts, default=0)):
@@ -235,7 +236,11 @@ class Engine:
                 # Eq. 1 with the router in the expert's place: the same arg-max, and about as sharp.
                 guess = logits[place].float() * (1 + row.alpha)
                 ids = row.ids + drafts
-                drafts.append(draw(guess, row.request.sampling, ids=ids, new=row.new + step, ends=row.ends))
+                try:
+                    token = draw(guess, row.request.sampling, ids=ids, new=row.new + step, ends=row.ends)
+                except Exception:  # of the row's mask, and perhaps on a path that the row does not take
+                    token, counts[i] = int(guess.argmax()), 0
+                drafts.append(token)
         return made
 
     def _guesses(self, row: Row, mode: str) -> list[int]:

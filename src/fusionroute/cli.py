@@ -194,7 +194,7 @@ def routing(
 @benches.command()
 def decode(
     collection: Collection = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and two rounds, in two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and two rounds, in some minutes.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file.")] = None,
     dtype: Dtype = "bfloat16",
     base: Base = None,

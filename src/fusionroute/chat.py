@@ -66,13 +66,17 @@ class Session:
             print(f"loading {collection or collections.DEFAULT}: {', '.join(self.names)}…", file=sys.stderr, flush=True)
         from fusionroute.decoding.drafting import PromptLookup
         from fusionroute.decoding.engine import Engine
+        from fusionroute.decoding.members import Members
         from fusionroute.modeling import FusionRouteForCausalLM
         from fusionroute.training.running import quiet as silence
 
         with silence():
             model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
             self.tokenizer = collections.load_tokenizer(folder)
-        self.engine = Engine(model, self.tokenizer, drafter=PromptLookup())
+        members = Members(model)
+        self.engine = Engine(
+            model, self.tokenizer, members=members, drafter=PromptLookup() if members.rewindable else None
+        )
 
     def answer(self, messages: Sequence[dict[str, str]], settings: dict[str, Any], *, show: bool = True) -> Answer:
         """Answer the conversation, printing it as it comes if `show`; `settings` are those of `Request`."""

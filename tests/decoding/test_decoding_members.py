@@ -9,6 +9,7 @@ import torch
 from tests.decoding.conftest import write
 
 from fusionroute import FusionRouteForCausalLM, collection, tiny
+from fusionroute.chat import Session
 from fusionroute.configuration import MemberSpec
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
@@ -122,5 +123,6 @@ def test_nothing_is_drafted_for_a_cache_that_cannot_take_tokens_back(tmp_path: P
     model = make(tmp_path, Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=6)))
     with pytest.raises(UsageError, match="cannot take tokens back"):
         Engine(model, drafter=PromptLookup())
+    Session(str(model.folder), quiet=True)  # the command line does not draft then
     (answer,) = Engine(model).generate([Request(ROW, 8)])
     assert [(token.id, token.expert) for token in answer.tokens] == write(model, ROW, Sampling(), 8)

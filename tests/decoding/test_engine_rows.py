@@ -174,6 +174,16 @@ def test_rows_wait_for_room(collection: Collection, reference: Reference) -> Non
     assert answers[0].ids == [token for token, _ in reference("llama", 1, 0)]
 
 
+def test_a_row_that_fits_alone_waits_for_smaller_ones(collection: Collection) -> None:
+    engine = Engine(collection("llama"))
+    engine.kv_budget = engine.members.nbytes([300])
+    engine.submit(Request(PROMPT, LONGEST))
+    engine.submit(Request(PROMPT, LONGEST))
+    engine.step()
+    (answer,) = engine.generate([Request([5] * 280, 2)])
+    assert (len(answer.ids), answer.finish) == (2, "length")
+
+
 def test_a_row_that_never_fits_is_refused_with_both_sizes(collection: Collection) -> None:
     engine = Engine(collection("llama"), kv_budget=1000)
     with pytest.raises(UsageError, match=r"5 prompt .* and 16 new .* need [\d.]+ MB .* budget is 0\.001 MB"):

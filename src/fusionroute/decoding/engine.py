@@ -132,7 +132,7 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting:
             rows = [*self.active, self.waiting[0]]
-            if self.members.nbytes([self._need(row) for row in rows]) > self.kv_budget:
+            if self.members.nbytes([self._need(row) for row in rows], now=True) > self.kv_budget:
                 return
             row = self.waiting.popleft()
             if self.drafter is not None and not isinstance(self.drafter, RouterDraft):

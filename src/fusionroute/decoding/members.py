@@ -42,7 +42,7 @@ class Pool(Protocol):
     def seen(self, member: int, row: int) -> int: ...
     def rewind(self, row: int, length: int) -> None: ...
     def release(self, row: int) -> None: ...
-    def nbytes(self, lengths: Sequence[int]) -> int: ...
+    def nbytes(self, lengths: Sequence[int], *, now: bool) -> int: ...
     @property
     def allocated(self) -> int: ...
 
@@ -103,10 +103,16 @@ class PackedPool:
             if (slot := self.slots.pop((member, row), None)) is not None:
                 self.cache.release(slot)
 
-    def nbytes(self, lengths: Sequence[int]) -> int:
-        """Bytes of keys and values if rows of these lengths visit every member; slots double, and all are as long."""
-        slots = max(1 << (len(lengths) * len(self.lanes) - 1).bit_length() if lengths else 0, self.cache.slots)
-        return slots * max([self.cache.capacity, *map(_room, lengths)]) * self.cache.bytes_per_token
+    def nbytes(self, lengths: Sequence[int], *, now: bool) -> int:
+        """Bytes of keys and values if rows of these lengths visit every member; slots double, and all are as long.
+
+        `now`: in the cache as it is, which shrinks only when it empties.
+        """
+        slots = 1 << (len(lengths) * len(self.lanes) - 1).bit_length() if lengths else 0
+        capacity = max(map(_room, lengths), default=0)
+        if now:
+            slots, capacity = max(slots, self.cache.slots), max(capacity, self.cache.capacity)
+        return slots * capacity * self.cache.bytes_per_token
 
     @property
     def allocated(self) -> int:
@@ -153,7 +159,7 @@ class PlainPool:
         self.caches.pop(row, None)
         self.marks.pop(row, None)
 
-    def nbytes(self, lengths: Sequence[int]) -> int:
+    def nbytes(self, lengths: Sequence[int], *, now: bool) -> int:
         return sum(lengths) * self._bytes_per_token
 
     @property
@@ -221,9 +227,9 @@ class Members:
         for pool in self.pools:
             pool.release(row)
 
-    def nbytes(self, lengths: Sequence[int]) -> int:
-        """Bytes of keys and values if rows of these lengths visit every member."""
-        return sum(pool.nbytes(lengths) for pool in self.pools)
+    def nbytes(self, lengths: Sequence[int], *, now: bool = False) -> int:
+        """Bytes of keys and values if rows of these lengths visit every member: alone, or in the caches as they are."""
+        return sum(pool.nbytes(lengths, now=now) for pool in self.pools)
 
     @property
     def allocated(self) -> int:

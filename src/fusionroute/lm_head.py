@@ -16,11 +16,14 @@ class Head:
 
     Soft-capping (Gemma-2) and scaling (Granite, Cohere) are in the model's `forward`, not in its output embeddings;
     they are applied here from the configuration, and `check` compares the result with the model itself.
+
+    Args:
+        linear: to multiply with in place of the model's own output embeddings.
     """
 
-    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
+    def __init__(self, model: Any, vocab_size: int | None = None, *, linear: Any = None) -> None:
         config = model.config.get_text_config()
-        self.linear = model.get_output_embeddings()
+        self.linear = model.get_output_embeddings() if linear is None else linear
         self.vocab_size = vocab_size
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap = getattr(config, "final_logit_softcapping", None)

@@ -51,6 +51,7 @@ engines = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(["auto", "lazy", "predicted", "all"]),
         "separate": st.booleans(),
+        "blocks": st.booleans(),
         "drafter": st.sampled_from([None, PromptLookup(2, 1), RouterDraft(), "right", "wrong"]),
         "draft_length": st.integers(1, 5),
     }
@@ -95,7 +96,7 @@ def test_an_engine_writes_what_the_reference_writes(
         ids = [token for token, _ in expected[0]] * 3
         drafts = [ids[i : i + 4] for i in range(1, 12, 2)]
         options["drafter"] = Oracle(drafts if options["drafter"] == "right" else [d[::-1] for d in drafts])
-    members = Members(model, separate=options.pop("separate"))
+    members = Members(model, separate=options.pop("separate"), blocks=options.pop("blocks"))
     engine = Engine(model, members=members, **options)
     # An end id of one row is one of all of them.
     ends = {

@@ -11,6 +11,7 @@ from tests.decoding.conftest import LONGEST, PROMPTS, SAMPLINGS, write
 from fusionroute import FusionRouteForCausalLM, load_tokenizer
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import UsageError
@@ -220,10 +221,9 @@ def test_the_collection_still_works_beside_its_engine(collection: Collection, re
 
 def test_adapters_share_the_weights_of_their_base(collection: Collection) -> None:
     model = collection("adapters")
-    engine = Engine(model)
-    (pool,) = engine.members.pools
+    (pool,) = Members(model, blocks=False).pools
     layer = model.experts[0].model.get_decoder().layers[0]
-    fused = pool.transformer.layers[0].qkv.weight  # type: ignore[attr-defined]
+    fused = pool.transformer.layers[0].qkv.all.weight  # type: ignore[attr-defined]
     assert layer.self_attn.q_proj.base_layer.weight.data_ptr() == fused.data_ptr()
 
 

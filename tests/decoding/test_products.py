@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from fusionroute.decoding.products import Product, UnsupportedError
+from fusionroute.decoding.products import Lanes, Product, UnsupportedError
 
 IN = 6
 OUT = {"q": 8, "k": 3, "v": 5}
@@ -90,10 +90,11 @@ adapters = st.dictionaries(st.sampled_from(list(OUT)), st.integers(1, 5), min_si
     ranks=st.lists(adapters, min_size=1, max_size=3),
     biased=st.sets(st.sampled_from(list(OUT))),
     bare=st.booleans(),
+    blocks=st.booleans(),
     chosen=st.lists(st.integers(0, 9), min_size=1, max_size=9),
 )
 def test_each_token_gets_what_peft_gives_its_lane(
-    ranks: list[dict[str, int]], biased: set[str], bare: bool, chosen: list[int]
+    ranks: list[dict[str, int]], biased: set[str], bare: bool, blocks: bool, chosen: list[int]
 ) -> None:
     configs = {f"a{number}": config(rank) for number, rank in enumerate(ranks)}
     lanes: list[str | None] = [*configs, *([None] if bare else [])]
@@ -101,20 +102,23 @@ def test_each_token_gets_what_peft_gives_its_lane(
     model = adapted(configs, tuple(biased))
     x = torch.randn(len(chosen), IN)
     expected = token_by_token(model, lanes, chosen, x)
-    torch.testing.assert_close(Product(modules(model), lanes)(x, torch.tensor(chosen)), expected, atol=1e-4, rtol=1e-4)
+    actual = Product(modules(model), lanes, blocks=blocks)(x, Lanes(torch.tensor(chosen)))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_same_adapter_may_be_two_lanes() -> None:
     model, lanes = several(), ["one", "all", "one"]
     x = torch.randn(3, IN)
     expected = token_by_token(model, lanes, [0, 1, 2], x)
-    torch.testing.assert_close(Product(modules(model), lanes)(x, torch.arange(3)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        Product(modules(model), lanes)(x, Lanes(torch.arange(3))), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_an_adapter_that_is_no_lane_has_no_part() -> None:
     model, x = several(), torch.randn(2, IN)
     expected = alone(model, "one", x)
-    actual = Product(modules(model), ["one"])(x, torch.zeros(2, dtype=torch.long))
+    actual = Product(modules(model), ["one"])(x, Lanes(torch.zeros(2, dtype=torch.long)))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -135,14 +139,14 @@ def test_layers_that_nothing_adapts_stand_side_by_side(biased: tuple[str, ...]) 
 def test_lanes_that_adapt_other_layers_leave_these_as_they_are() -> None:
     model, x = adapted({"one": config({"k": 4})}), torch.randn(4, IN)
     expected = alone(model, None, x)[:, : OUT["q"]]
-    actual = Product(modules(model)[:1], ["one", None])(x, torch.tensor([0, 1, 0, 1]))
+    actual = Product(modules(model)[:1], ["one", None])(x, Lanes(torch.tensor([0, 1, 0, 1])))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rank_stabilised_scaling_is_kept() -> None:
     model, x = adapted({"a": config(ADAPTERS["all"], use_rslora=True)}), torch.randn(2, IN)
     expected = alone(model, "a", x)
-    actual = Product(modules(model), ["a"])(x, torch.zeros(2, dtype=torch.long))
+    actual = Product(modules(model), ["a"])(x, Lanes(torch.zeros(2, dtype=torch.long)))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -150,7 +154,7 @@ def test_an_adapter_in_float32_on_a_base_in_bfloat16_keeps_the_base_s_dtype() ->
     model = several()
     for module in modules(model):
         module.base_layer.to(torch.bfloat16)
-    actual = Product(modules(model), list(ADAPTERS))(torch.randn(2, IN).bfloat16(), torch.tensor([0, 2]))
+    actual = Product(modules(model), list(ADAPTERS))(torch.randn(2, IN).bfloat16(), Lanes(torch.tensor([0, 2])))
     assert actual.dtype == torch.bfloat16
 
 
@@ -163,7 +167,7 @@ def test_merged_is_what_peft_gives_unmerged(name: str, biased: tuple[str, ...]) 
     model, x = several(biased), torch.randn(4, IN)
     expected = alone(model, name, x)
     merged = Product(modules(model), [name], merge=True)
-    torch.testing.assert_close(merged(x, torch.zeros(4, dtype=torch.long)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged(x, Lanes(torch.zeros(4, dtype=torch.long))), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_merged_needs_no_lanes() -> None:
@@ -182,7 +186,7 @@ def test_merging_of_nothing_is_the_base() -> None:
 def test_merging_leaves_the_model_as_it_was(lane: str | None) -> None:
     model, x = several(), torch.randn(4, IN)
     before = alone(model, lane, x)
-    Product(modules(model), [lane], merge=True).weight.fill_(7)
+    Product(modules(model), [lane], merge=True).all.weight.fill_(7)
     assert torch.equal(alone(model, lane, x), before)
 
 
@@ -192,7 +196,7 @@ def test_merging_in_bfloat16_rounds_once() -> None:
         module.base_layer.to(torch.bfloat16)
     q = modules(model)[0]
     exact = q.base_layer.weight.double() + q.get_delta_weight("all").double()
-    merged = Product([q], ["all"], merge=True).weight
+    merged = Product([q], ["all"], merge=True).all.weight
     # Half a unit of the last of bfloat16's 8 bits.
     torch.testing.assert_close(merged.double(), exact, atol=1e-6, rtol=2**-8)
 
@@ -203,7 +207,7 @@ def test_merging_in_bfloat16_rounds_once() -> None:
 def test_the_base_is_in_memory_once() -> None:
     model = several()
     product = Product(modules(model), list(ADAPTERS))
-    first, end = product.weight.data_ptr(), product.weight.data_ptr() + product.weight.nbytes
+    first, end = product.all.weight.data_ptr(), product.all.weight.data_ptr() + product.all.weight.nbytes
     for module in modules(model):
         assert first <= module.base_layer.weight.data_ptr()
         assert module.base_layer.weight.data_ptr() + module.base_layer.weight.nbytes <= end
@@ -227,7 +231,7 @@ def test_the_model_goes_on_as_before(lane: str | None) -> None:
 def test_the_input_is_left_as_it_was() -> None:
     model, x = several(), torch.randn(4, IN)
     before = x.clone()
-    Product(modules(model), list(ADAPTERS))(x, torch.tensor([0, 1, 2, 0]))
+    Product(modules(model), list(ADAPTERS))(x, Lanes(torch.tensor([0, 1, 2, 0])))
     assert torch.equal(x, before)
 
 
@@ -250,7 +254,7 @@ def test_dora_that_is_no_lane_is_no_matter() -> None:
     model = adapted({"a": config({"q": 2}), "d": config({"q": 2}, use_dora=True)})
     x = torch.randn(2, IN)
     expected = alone(model, "a", x)
-    actual = Product(modules(model), ["a"])(x, torch.zeros(2, dtype=torch.long))
+    actual = Product(modules(model), ["a"])(x, Lanes(torch.zeros(2, dtype=torch.long)))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -273,7 +273,7 @@ def test_the_model_can_be_saved_after(tmp_path: Any) -> None:
 def test_base_weights_are_in_memory_once() -> None:
     model = adapted("llama")
     transformer = Transformer(model.base_model.model, LANES)
-    held = {p.weight.untyped_storage().data_ptr() for layer in transformer.layers for p in layer[:4]}
+    held = {p.all.weight.untyped_storage().data_ptr() for layer in transformer.layers for p in layer[:4]}
     linear = [p for name, p in model.named_parameters() if "base_layer.weight" in name]
     assert {p.untyped_storage().data_ptr() for p in linear} == held
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
-from fusionroute.decoding.members import Job, Members
+from fusionroute.decoding.members import Job, Members, free_memory
 from fusionroute.decoding.pace import CostModel, FastestMode
 from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import UsageError
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Engine:
     """Decodes with a collection.
 
     Args:
-        model: the collection. Its members' weights are shared, not copied.
+        model: the collection.
         tokenizer: decodes the traces' text and finds stop strings; None leaves text empty.
         mode: which experts run in the router's pass; `auto` takes what is measured to be fastest.
         members: the collection's members in their pools, to share them with another engine that is idle meanwhile, or
@@ -424,15 +424,3 @@ def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
     logprobs = logits.log_softmax(dim=-1)
     values, ids = logprobs.topk(count)
     return Logprobs(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`."""
-    import os
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        raise FusionRouteError("cannot tell how much memory is free: pass kv_budget") from None

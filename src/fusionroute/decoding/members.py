@@ -9,9 +9,11 @@ rejected drafts only lower watermarks. Knows no route, no sampling and no text.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
+from fusionroute.decoding.matrices import Matrix
 from fusionroute.decoding.products import UnsupportedError
 from fusionroute.decoding.transformer import Span, Transformer
 from fusionroute.lm_head import Head, hidden_states
@@ -57,19 +59,21 @@ class PackedPool:
 
     Args:
         members: by member number.
+        head: of their model.
         merge: fold the only member's adapter into a copy of its weights.
+        blocks: as in `Matrix`.
     """
 
     rewindable = True
 
-    def __init__(self, members: dict[int, Member], vocab_size: int, *, merge: bool = False) -> None:
+    def __init__(self, members: dict[int, Member], head: Head, *, merge: bool, blocks: bool) -> None:
         model = next(iter(members.values())).model
-        head = model.get_output_embeddings()
-        if hasattr(head, "lora_A"):
+        if hasattr(model.get_output_embeddings(), "lora_A"):
             raise UnsupportedError("an adapter on the LM head")
-        self.transformer = Transformer(model, [member.adapter for member in members.values()], merge=merge)
-        self.head = Head(model, vocab_size)
-        self.weight_bytes = self.transformer.weight_bytes + head.weight.nbytes
+        lanes = [member.adapter for member in members.values()]
+        self.transformer = Transformer(model, lanes, merge=merge, blocks=blocks)
+        self.head = head
+        self.weight_bytes = self.transformer.weight_bytes + head.linear.weight.nbytes
         self.lanes = {number: lane for lane, number in enumerate(members)}
         self.cache = self.transformer.new_cache()
         self.slots: dict[tuple[int, int], int] = {}
@@ -179,17 +183,22 @@ class Members:
 
     Args:
         separate: every member has weights of its own, adapters merged into copies; else adapters on one base share it.
+        blocks: multiply with copies of the weights, laid out for speed, where the machine has such a layout; else the
+            weights are those of `model`. None: if a quarter of the free memory holds the copies.
     """
 
-    def __init__(self, model: "FusionRouteForCausalLM", *, separate: bool = False) -> None:
+    def __init__(self, model: "FusionRouteForCausalLM", *, separate: bool = False, blocks: bool | None = None) -> None:
         groups: dict[int, dict[int, Member]] = {}
         for number, member in enumerate(model.members):
             groups.setdefault(number if separate else id(member.model), {})[number] = member
         self.pools: list[Pool] = []
         self.of: list[Pool] = [None] * len(model.members)  # type: ignore[list-item]
-        vocab_size = model.config.vocab_size
+        if blocks is None:
+            size = sum(p.nbytes for group in groups.values() for p in next(iter(group.values())).model.parameters())
+            blocks = model.device.type == "cpu" and size < free_memory(model.device) // 4
+        heads: dict[int, Matrix] = {}
         for group in groups.values():
-            for numbers, pool in _pools(group, vocab_size, merge=separate):
+            for numbers, pool in _pools(group, heads, model.config.vocab_size, merge=separate, blocks=blocks):
                 self.pools.append(pool)
                 for number in numbers:
                     self.of[number] = pool
@@ -252,8 +261,25 @@ class Members:
         return results
 
 
-def _pools(group: dict[int, Member], vocab_size: int, *, merge: bool) -> list[tuple[list[int], Pool]]:
+def _pools(
+    group: dict[int, Member], heads: dict[int, Matrix], vocab_size: int, *, merge: bool, blocks: bool
+) -> list[tuple[list[int], Pool]]:
+    """The pools of members on one model, and their numbers; `heads` are the LM heads laid out so far."""
+    model = next(iter(group.values())).model
+    linear = model.get_output_embeddings()
+    if blocks and type(linear) is torch.nn.Linear:
+        if id(linear) not in heads:
+            heads[id(linear)] = Matrix(linear.weight, linear.bias, blocks=True)
+        linear = heads[id(linear)]
     try:
-        return [(list(group), PackedPool(group, vocab_size, merge=merge))]
+        head = Head(model, vocab_size, linear=linear)
+        return [(list(group), PackedPool(group, head, merge=merge, blocks=blocks))]
     except UnsupportedError:
         return [([number], PlainPool(number, member, vocab_size)) for number, member in group.items()]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

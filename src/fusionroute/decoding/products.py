@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from fusionroute.decoding.matrices import Matrix
 from fusionroute.errors import FusionRouteError
 
 
@@ -43,6 +43,20 @@ def factors(module: Any, adapter: str | None) -> tuple[Tensor, Tensor] | None:
     return down.weight, up.weight * module.scaling[adapter]
 
 
+class Lanes:
+    """The lane of each token, `[N]`, and the columns it uses of each mask seen so far."""
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+        self.known: dict[int, Tensor] = {}
+
+    def columns(self, mask: Tensor) -> Tensor:
+        """Rows of `mask [lanes, R]` by token, `[N, R]`; products with the same mask share them."""
+        if id(mask) not in self.known:
+            self.known[id(mask)] = mask[self.of]
+        return self.known[id(mask)]
+
+
 class Product:
     """`y = W x + b`, and of each token the LoRA of its lane.
 
@@ -50,9 +64,12 @@ class Product:
         modules: linear layers (or PEFT's wrappers of them) with the same input; their outputs stand side by side.
         lanes: adapter names by lane; None is the base as it stands.
         merge: add the one lane's adapter into a copy of the weights instead.
+        blocks: as in `Matrix`.
     """
 
-    def __init__(self, modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool = False) -> None:
+    def __init__(
+        self, modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool = False, blocks: bool = False
+    ) -> None:
         bases = [base_of(module) for module in modules]
         # Quantised layers derive from Linear.
         if other := next((base for base in bases if type(base) is not torch.nn.Linear), None):
@@ -64,30 +81,49 @@ class Product:
             (only,) = found
             weights = [w if f is None else _merged(w, *f) for w, f in zip(weights, only, strict=True)]
             found = []
-        self.mask, self.up = _stack_up(weights, found)
+        self.mask, up = _stack_up(weights, found)
+        self.up = None if up is None else Matrix(up, blocks=blocks)
         downs = [pair[0] for lane in found for pair in lane if pair is not None]
-        self.weight = torch.cat([*weights, *(down.to(weights[0].dtype) for down in downs)])
-        self.bias = _biases(bases, self.weight)
+        weight = torch.cat([*weights, *(down.to(weights[0].dtype) for down in downs)])
+        self.all = Matrix(weight, _biases(bases, weight), blocks=blocks)
         if not merge:
-            self._share(bases)
+            _share(weight, bases)
 
-    def _share(self, bases: Sequence[Any]) -> None:
-        """Point the layers' own weights into the one matrix, so that the base is in memory once."""
-        at = 0
-        for base in bases:
-            rows = base.weight.shape[0]
-            base.weight.data = self.weight[at : at + rows]
-            at += rows
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.all.weight.nbytes + (0 if self.up is None else self.up.weight.nbytes)
 
-    def __call__(self, x: Tensor, lanes: Tensor | None) -> Tensor:
-        """`x [N, in]` and the lane of each token `[N]` (None: no token has an adapter) give `[N, out]`."""
+    def __call__(self, x: Tensor, lanes: Lanes | None) -> Tensor:
+        """`x [N, in]` and the lane of each token (None: no token has an adapter) give `[N, out]`."""
+        y = self.all(x)
         if self.up is None:
-            return linear(x, self.weight, self.bias)
+            return y
         if lanes is None:
-            return linear(x, self.weight[: self.out], None if self.bias is None else self.bias[: self.out])
-        y = linear(x, self.weight, self.bias)
+            return y[:, : self.out]
         assert self.mask is not None
-        return torch.addmm(y[:, : self.out], y[:, self.out :] * self.mask[lanes], self.up)
+        y, low = y.tensor_split((self.out,), dim=1)
+        return self.up.add_to(y, low * lanes.columns(self.mask))
+
+
+def share_masks(products: Sequence[Product]) -> None:
+    """Let products with equal masks have one tensor: layers alike use the same columns."""
+    masks: list[Tensor] = []
+    for product in products:
+        if product.mask is not None:
+            same = next((mask for mask in masks if torch.equal(mask, product.mask)), product.mask)
+            if same is product.mask:
+                masks.append(same)
+            product.mask = same
+
+
+def _share(weight: Tensor, bases: Sequence[Any]) -> None:
+    """Point the layers' own weights into the one matrix, so that the base is in memory once."""
+    at = 0
+    for base in bases:
+        rows = base.weight.shape[0]
+        base.weight.data = weight[at : at + rows]
+        at += rows
 
 
 def _merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -97,21 +133,21 @@ def _merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def _stack_up(
     weights: Sequence[Tensor], found: Sequence[Sequence[tuple[Tensor, Tensor] | None]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which of the R columns each lane uses `[lanes, R]`, and the B factors `[R, out]`, zero outside their own map."""
+    """Which of the R columns each lane uses `[lanes, R]`, and the B factors `[out, R]`, zero outside their own map."""
     ranks = [[0 if pair is None else pair[0].shape[0] for pair in lane] for lane in found]
     total = sum(map(sum, ranks))
     if not total:
         return None, None
     out = sum(weight.shape[0] for weight in weights)
     mask = weights[0].new_zeros(len(found), total)
-    up = weights[0].new_zeros(total, out)
+    up = weights[0].new_zeros(out, total)
     at = 0
     for lane, pairs in enumerate(found):
         column = 0
         for weight, pair, rank in zip(weights, pairs, ranks[lane], strict=True):
             if pair is not None:
                 mask[lane, at : at + rank] = 1
-                up[at : at + rank, column : column + weight.shape[0]] = pair[1].T
+                up[column : column + weight.shape[0], at : at + rank] = pair[1]
                 at += rank
             column += weight.shape[0]
     return mask, up

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusionroute.decoding.cache import KVCache
-from fusionroute.decoding.products import Product, UnsupportedError
+from fusionroute.decoding.matrices import FEWEST
+from fusionroute.decoding.products import Lanes, Product, UnsupportedError, share_masks
 
 
 class Span(NamedTuple):
@@ -115,9 +116,12 @@ class Transformer:
             matrices and it goes on working with them, unless they are merged.
         lanes: adapter names; a span's lane says which one applies to it. None is the base as it stands.
         merge: fold the adapter of the only lane into a copy of the weights.
+        blocks: multiply with copies of the weights, laid out for speed; as in `Matrix`.
     """
 
-    def __init__(self, model: Any, lanes: Sequence[str | None] = (None,), *, merge: bool = False) -> None:
+    def __init__(
+        self, model: Any, lanes: Sequence[str | None] = (None,), *, merge: bool = False, blocks: bool = False
+    ) -> None:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
@@ -129,26 +133,28 @@ class Transformer:
             raise UnsupportedError("an adapter on the embedding")
         self.embedding = embedding.weight
         self.norm = self._norm_weight(self.model.norm)
-        self.layers = [self._layer(layer, lanes, merge) for layer in self.model.layers]
+        self.layers = [self._layer(layer, lanes, merge=merge, blocks=blocks) for layer in self.model.layers]
+        share_masks([product for layer in self.layers for product in layer[:4]])
         self.adapted = [lane is not None and not merge for lane in lanes]
+        self.fewest = FEWEST if self.layers[0].qkv.all.blocks else 1
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the blocks' matrices: what a pass reads, whatever its size."""
-        return sum(product.weight.nbytes for layer in self.layers for product in layer[:4])
+        return sum(product.nbytes for layer in self.layers for product in layer[:4])
 
     def _norm_weight(self, module: Any) -> Tensor:
         return 1.0 + module.weight.float() if self.shape.centred else module.weight
 
-    def _layer(self, layer: Any, lanes: Sequence[str | None], merge: bool) -> Layer:
+    def _layer(self, layer: Any, lanes: Sequence[str | None], **how: bool) -> Layer:
         attention, mlp, centred = layer.self_attn, layer.mlp, self.shape.centred
         after = layer.post_attention_layernorm
         return Layer(
-            Product([attention.q_proj, attention.k_proj, attention.v_proj], lanes, merge=merge),
-            Product([attention.o_proj], lanes, merge=merge),
-            Product([mlp.gate_proj, mlp.up_proj], lanes, merge=merge),
-            Product([mlp.down_proj], lanes, merge=merge),
+            Product([attention.q_proj, attention.k_proj, attention.v_proj], lanes, **how),
+            Product([attention.o_proj], lanes, **how),
+            Product([mlp.gate_proj, mlp.up_proj], lanes, **how),
+            Product([mlp.down_proj], lanes, **how),
             mlp.act_fn,
             self._norm_weight(layer.input_layernorm),
             self._norm_weight(after) if centred else None,
@@ -184,16 +190,21 @@ class Transformer:
             x = x + self._normed(layer.down(layer.activation(gate) * up, lanes), layer.norm_out)
         return self._normed(x[self._kept(packed, order, keep)], self.norm)
 
-    def _index(self, packed: Sequence[Span], capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of every token: its id, its position, its place in the cache, and its lane if any lane has an adapter."""
+    def _index(self, packed: Sequence[Span], capacity: int) -> tuple[Tensor, Tensor, Tensor, Lanes | None]:
+        """Of every token: its id, its position, its place in the cache, and its lane if any lane has an adapter.
+
+        Ids, positions and lanes are filled up to as many tokens as a product takes gladly; places are not.
+        """
         ids = [token for span in packed for token in span.ids]
         positions = [p for span in packed for p in range(span.start, span.start + len(span.ids))]
         where = [span.slot * capacity + p for span in packed for p in range(span.start, span.start + len(span.ids))]
+        spare = [0] * (self.fewest - len(ids))
         lanes = None
         if any(self.adapted[span.lane] for span in packed):
-            lanes = torch.tensor([span.lane for span in packed for _ in span.ids], device=self.device)
-        index = torch.tensor([ids, positions, where], device=self.device)
-        return index[0], index[1], index[2], lanes
+            of = [span.lane for span in packed for _ in span.ids] + spare
+            lanes = Lanes(torch.tensor(of, device=self.device))
+        index = torch.tensor([ids + spare, positions + spare], device=self.device)
+        return index[0], index[1], torch.tensor(where, device=self.device), lanes
 
     def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, 1, head_dim]`, the first half of the sines negated: what halves swapped are times."""
@@ -218,21 +229,23 @@ class Transformer:
         cos: Tensor,
         sin: Tensor,
         where: Tensor,
-        lanes: Tensor | None,
+        lanes: Lanes | None,
         cache: KVCache,
     ) -> Tensor:
         """Attention of every token over its own sequence, `[N, d] -> [N, heads · head_dim]`."""
-        shape = self.shape
+        shape, count = self.shape, where.shape[0]
         both = shape.heads + shape.kv_heads
         projected = layer.qkv(x, lanes).unflatten(-1, (both + shape.kv_heads, shape.head_dim))
         turned = projected[:, :both]
         turned = torch.addcmul(turned * cos, turned.roll(shape.head_dim // 2, -1), sin)
-        cache.write(index, where, turned[:, shape.heads :], projected[:, both:])
+        cache.write(index, where, turned[:count, shape.heads :], projected[:count, both:])
         window = shape.windows[index]
         parts = [
             self._scores(turned[group.tokens, : shape.heads], group, *cache.read(index, group.slots, group.end), window)
             for group in groups
         ]
+        if count < x.shape[0]:
+            parts.append(parts[0].new_zeros(x.shape[0] - count, parts[0].shape[1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _scores(self, queries: Tensor, group: Group, keys: Tensor, values: Tensor, window: int | None) -> Tensor:

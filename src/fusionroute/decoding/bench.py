@@ -4,20 +4,21 @@
 
 One process, the variants taking turns; figures are ratios of tokens per second within a round, medians over rounds.
 Decoding is timed apart from first visits (a member's prefill of a row). Answers that end in a loop are counted and
-left out: they flatter prompt lookup. Never a test: a busy machine makes it lie.
+measured apart: they flatter prompt lookup. Never a test: a busy machine makes it lie.
 """
 
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusionroute.collection import encode_chat
+from fusionroute.decoding.bench_checks import agreement, bandwidth, step_times, weights_in_memory
+from fusionroute.decoding.bench_turns import Turn, Yardstick, loops, run
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.members import Members
@@ -65,7 +66,7 @@ DRAFTERS: dict[str | None, Callable[[], Any]] = {
 }
 # mode: (engine mode, separate weights, drafters that make sense)
 MODES: dict[str, tuple[Any, bool, tuple[str | None, ...]]] = {
-    "single": ("lazy", False, (None, "prompt-lookup")),
+    "single": ("lazy", True, (None, "prompt-lookup")),
     "all-members": ("all", True, (None,)),
     "separate-lazy": ("lazy", True, (None, "prompt-lookup", "router")),
     "adapter-rows": ("all", False, (None, "prompt-lookup", "router")),
@@ -73,127 +74,7 @@ MODES: dict[str, tuple[Any, bool, tuple[str | None, ...]]] = {
     "auto": ("auto", False, (None, "prompt-lookup")),
 }
 YARDSTICK = "transformers generate"
-
-
-@dataclass
-class Turn:
-    """One variant's answers to one set of prompts."""
-
-    tokens: int = 0  # decoded after the first visits
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    answers: list[list[int]] = field(default_factory=list)
-    routes: list[list[str]] = field(default_factory=list)
-    drafted: int = 0  # tokens that came from drafts
-    drafted_steps: int = 0
-    steps: int = 0  # of rows
-    bytes_read: int = 0
-    caught_up: int = 0
-    run: int = 0
-    kv_bytes: int = 0
-
-
-def loops(ids: Sequence[int]) -> bool:
-    """Whether the text ends in a loop: some period three times in a row, over at least 24 tokens."""
-    for period in range(1, len(ids) // 3 + 1):
-        times = max(3, -(-24 // period))
-        if period * times <= len(ids):
-            tail = ids[len(ids) - period * times :]
-            if all(tail[i] == tail[i + period] for i in range(len(tail) - period)):
-                return True
-    return False
-
-
-class Yardstick:
-    """transformers' `generate` of one expert, its adapter merged; same dtype, threads and attention."""
-
-    def __init__(self, model: "FusionRouteForCausalLM", expert: str) -> None:
-        from peft import PeftModel
-
-        from fusionroute.members import LoadOptions, load_model
-
-        member = model.experts[model.config.expert_index(expert)]
-        assert member.folder is not None
-        options = LoadOptions(dtype=member.model.dtype, attn_implementation=member.config._attn_implementation)
-        alone: Any = load_model(member.folder, options)
-        if member.adapter_folder is not None:
-            alone = PeftModel.from_pretrained(alone, str(member.adapter_folder)).merge_and_unload()
-        self.model, self.config = alone.eval(), model.generation_config
-
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Sequence[int]], new: int) -> Turn:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ends = self.config.eos_token_id
-        times: list[float] = []
-
-        def clock(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            times.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
-
-        started = time.perf_counter()
-        out = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0,
-            stopping_criteria=[clock],
-        )  # fmt: skip
-        stops = set(ends if isinstance(ends, list) else [ends])
-        turn = Turn(seconds=times[-1] - times[0], prefill_seconds=times[0] - started)
-        for row in out[:, width:].tolist():
-            length = next((i for i, token in enumerate(row) if token in stops), len(row))
-            turn.answers.append(row[:length])
-            # The end token was decoded too; the first one came with the prefill.
-            turn.tokens += min(length + 1, len(row)) - 1
-        turn.steps = turn.tokens
-        turn.bytes_read = (len(times) - 1) * sum(p.nbytes for p in self.model.parameters())
-        return turn
-
-
-def run(engine: Engine, requests: Sequence[Request]) -> Turn:
-    """Drain the engine of `requests`, timing the steps with a first visit apart."""
-    turn = Turn()
-    numbers = [engine.submit(request) for request in requests]
-    answers: dict[int, list[Any]] = {number: [] for number in numbers}
-    members = engine.members
-    before_run = sum(members.tokens)
-    emitted = 0
-    while engine.waiting or engine.active:
-        visits, passes = members.visits, list(members.passes)
-        started = time.perf_counter()
-        events = engine.step()
-        seconds = time.perf_counter() - started
-        tokens = sum(len(event.tokens) + (event.finish == "stop") for event in events)
-        emitted += tokens
-        turn.kv_bytes = max(turn.kv_bytes, members.allocated)
-        if members.visits > visits:
-            turn.prefill_seconds += seconds
-        else:
-            turn.seconds += seconds
-            turn.tokens += tokens
-            turn.steps += len(events)
-            read = zip(members.pools, passes, members.passes, strict=True)
-            turn.bytes_read += sum(pool.weight_bytes * (after - before) for pool, before, after in read)
-        for event in events:
-            answers[event.row] += event.tokens
-            count = sum(token.drafted for token in event.tokens)
-            turn.drafted += count
-            turn.drafted_steps += count > 0
-    turn.run = sum(members.tokens) - before_run
-    for number in numbers:
-        turn.answers.append([token.id for token in answers[number]])
-        turn.routes.append([token.expert for token in answers[number]])
-    return turn
-
-
-def bandwidth(size: int = 1 << 28) -> float:
-    """GB/s of reading memory: the best of some sums over a tensor that no cache holds."""
-    data = torch.ones(size // 4)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - started)
-    return size / min(seconds) / 1e9
+WARM_UP = 8  # tokens
 
 
 class Bench:
@@ -222,11 +103,11 @@ class Bench:
             )
         return self.engines[key]
 
-    def turn(self, mode: str, drafter: str | None, prompts: Sequence[Sequence[int]]) -> Turn:
+    def turn(self, mode: str, drafter: str | None, prompts: Sequence[Sequence[int]], new: int) -> Turn:
         if mode == YARDSTICK:
-            return self.yardstick(prompts, self.new)
+            return self.yardstick(prompts, new)
         policy: dict[str, Any] = {"expert": self.expert, "alpha": 0.0} if mode == "single" else {}
-        return run(self.engine(mode, drafter), [Request(prompt, self.new, **policy) for prompt in prompts])
+        return run(self.engine(mode, drafter), [Request(prompt, new, **policy) for prompt in prompts])
 
     def variants(self) -> list[tuple[str, str | None]]:
         return [(YARDSTICK, None), *((mode, d) for mode, (_, _, drafters) in MODES.items() for d in drafters)]
@@ -234,99 +115,62 @@ class Bench:
     def split(self) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts whose fused answer ends and those whose answer loops."""
         prompts = self.prompts()
-        turn = self.turn("adapter-rows-predicted", None, prompts)
-        marks = [loops(answer) for answer in turn.answers]
+        marks = [loops(answer) for answer in self.turn("adapter-rows", None, prompts, self.new).answers]
         good = [p for p, mark in zip(prompts, marks, strict=True) if not mark]
         return good, [p for p, mark in zip(prompts, marks, strict=True) if mark]
 
     def measure(
         self, batch: int, prompts: Sequence[Sequence[int]], rounds: int, note: Callable[[str], None]
     ) -> list[dict[str, Any]]:
-        """Every variant on `prompts`, `batch` at a time, in turns."""
-        turns: dict[tuple[str, str | None], list[Turn]] = {variant: [] for variant in self.variants()}
-        for number in range(rounds + 1):  # the first warms up
-            for variant in turns:
-                note(f"batch {batch}, round {number}/{rounds}: {variant[0]} {variant[1] or ''}")
-                parts = [self.turn(*variant, prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
-                if number:
-                    turns[variant].append(_sum(parts))
-        speeds = {variant: [t.tokens / t.seconds for t in found] for variant, found in turns.items()}
-        return [
-            self._row(variant, batch, found, speeds[variant], speeds[YARDSTICK, None])
-            for variant, found in turns.items()
-        ]
+        """Every variant on the same prompts in a round, on others in the next; `batch` at a time, at least three."""
+        variants = self.variants()
+        turns: dict[tuple[str, str | None], list[Turn]] = {variant: [] for variant in variants}
+        count = max(batch, min(3, len(prompts)))
+        started = time.perf_counter()
+        for number in range(rounds):
+            mine = [prompts[(number * count + i) % len(prompts)] for i in range(count)]
+            for place, variant in enumerate(variants):
+                done = number * len(variants) + place
+                left = (time.perf_counter() - started) / max(done, 1) * (rounds * len(variants) - done)
+                name = " + ".join(filter(None, variant))
+                note(f"batch {batch}: {done}/{rounds * len(variants)}  {name}  {left / 60:.0f} min left")
+                if not number:
+                    self.turn(*variant, mine[:batch], WARM_UP)
+                parts = [self.turn(*variant, mine[i : i + batch], self.new) for i in range(0, count, batch)]
+                turns[variant].append(sum(parts, Turn()))
+        return [self._row(variant, batch, found, turns[YARDSTICK, None]) for variant, found in turns.items()]
 
     def _row(
-        self,
-        variant: tuple[str, str | None],
-        batch: int,
-        turns: Sequence[Turn],
-        speeds: Sequence[float],
-        yardstick: Sequence[float],
+        self, variant: tuple[str, str | None], batch: int, turns: Sequence[Turn], yardstick: Sequence[Turn]
     ) -> dict[str, Any]:
-        ratios = [a / b for a, b in zip(speeds, yardstick, strict=True)]
-        whole = _sum(turns)
+        ratios = [a.speed / b.speed for a, b in zip(turns, yardstick, strict=True)]
+        whole = sum(turns, Turn())
         switches = [a != b for route in whole.routes for a, b in pairwise(route)]
         runs = [len(list(group)) for route in whole.routes for _, group in groupby(route)]
         return {
             "mode": variant[0],
             "drafter": variant[1],
             "batch": batch,
-            "tokens_per_second": statistics.median(speeds),
+            "tokens_per_second": statistics.median(turn.speed for turn in turns),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
             "gigabytes_per_second": whole.bytes_read / whole.seconds / 1e9,
             "tokens_per_step": whole.tokens / max(whole.steps, 1),
             "switch_rate": sum(switches) / max(len(switches), 1),
             "route_run_length": sum(runs) / max(len(runs), 1),
+            "catch_up_share": whole.caught_up / max(whole.run, 1),
             "prefill_seconds": whole.prefill_seconds / len(turns),
-            "kv_megabytes": max(turn.kv_bytes for turn in turns) / 1e6,
-            "answers": len(turns[0].answers),
-            "looping": sum(loops(answer) for answer in turns[0].answers),
+            "kv_megabytes": whole.kv_bytes / 1e6,
+            "peak_megabytes": (self._weights(variant) + whole.kv_bytes) / 1e6,
+            "answers": len(whole.answers),
+            "looping": sum(loops(answer) for answer in whole.answers),
         }
 
-
-def _sum(turns: Sequence[Turn]) -> Turn:
-    total = Turn()
-    for turn in turns:
-        for name, value in vars(turn).items():
-            setattr(total, name, max(total.kv_bytes, value) if name == "kv_bytes" else getattr(total, name) + value)
-    return total
-
-
-def step_times(model: "FusionRouteForCausalLM", members: Members, length: int, bins: int) -> dict[str, list[float]]:
-    """Milliseconds of a step against the row's length, lazy mode, for routes that stay and routes that alternate."""
-    found = {}
-    head = model.router.route_head
-    for name, period in (("sticky", 0), ("alternating", 1)):
-        model.router.route_head = Metronome(len(model.config.expert_names), period)  # type: ignore[assignment]
-        try:
-            engine = Engine(model, mode="lazy", members=members)
-            engine.submit(Request([5] * 16, length, ignore_end=True))
-            times = []
-            while engine.active or engine.waiting:
-                started = time.perf_counter()
-                engine.step()
-                times.append(1000 * (time.perf_counter() - started))
-        finally:
-            model.router.route_head = head
-        width = len(times) // bins
-        found[name] = [statistics.median(times[i * width : (i + 1) * width]) for i in range(bins)]
-    return found
-
-
-class Metronome(torch.nn.Module):
-    """A route head that changes expert at every call, or never."""
-
-    def __init__(self, experts: int, period: int) -> None:
-        super().__init__()
-        self.experts, self.period, self.calls = experts, period, 0
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.calls += self.period
-        scores = torch.zeros(*hidden.shape[:-1], self.experts)
-        scores[..., self.calls % self.experts] = 1
-        return scores
+    def _weights(self, variant: tuple[str, str | None]) -> int:
+        """Bytes of weights in memory when nothing but this variant runs."""
+        if variant[0] == YARDSTICK:
+            return sum(p.nbytes for p in self.yardstick.model.parameters())
+        return weights_in_memory(self.model, self.engine(*variant).members)
 
 
 def measure_collection(name: str | None, dtype: str | None, base: str | None, *, quick: bool) -> dict[str, Any]:
@@ -351,32 +195,50 @@ def decode(
     quick: bool,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run the benchmark and return its document: `{"conditions", "results", "step_milliseconds"}`."""
+    """Run the benchmark and return its document.
+
+    Returns:
+        `conditions`; `results`, a row for each variant and batch; and unless quick: `looping`, such rows over the
+        answers that loop; `agreement` with the reference model; `step_milliseconds` against length.
+    """
     import transformers
 
     load = os.getloadavg()[0]
-    bench = Bench(model, tokenizer, new=48 if quick else 128)
-    note("answering once, to leave out answers that loop")
-    good, looping = bench.split()
+    bench = Bench(model, tokenizer, new=32 if quick else 96)
+    good: list[list[int]] = bench.prompts()
+    looping: list[list[int]] = []
+    if not quick:
+        note("answering once, to tell answers that loop from others")
+        good, looping = bench.split()
     results = []
     for batch in (1,) if quick else (1, 8, 16):
-        prompts = good[:3] if quick else (good[:6] if batch == 1 else (good * 16)[:batch])
-        results += bench.measure(batch, prompts, 2 if quick else 5, note)
-    conditions = {
-        "dtype": str(model.members[0].model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "memory_gigabytes_per_second": bandwidth(),
-        "members": [member.name for member in model.members],
-        "yardstick": f"{YARDSTICK} of {bench.expert}",
-        "new_tokens": bench.new,
-        "prompts": len(good),
-        "looping_answers_left_out": len(looping),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        results += bench.measure(batch, good or looping, 2 if quick else 5, note)
+    document: dict[str, Any] = {
+        "conditions": {
+            "dtype": str(model.members[0].model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "load_before": load,
+            "memory_gigabytes_per_second": bandwidth(),
+            "members": [member.name for member in model.members],
+            "yardstick": f"{YARDSTICK} of {bench.expert}",
+            "new_tokens": bench.new,
+            "rounds": 2 if quick else 5,
+            "prompts": len(good),
+            "looping_prompts": len(looping),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "results": results,
     }
-    document = {"conditions": conditions, "results": results}
-    if not quick:
-        note("step time against length")
-        document["step_milliseconds"] = step_times(model, bench.members[True], 1024, 8)
+    if quick:
+        return document
+    if looping:
+        document["looping"] = bench.measure(1, looping[:3], 1, note)
+    note("agreement with the reference model")
+    document["agreement"] = [
+        {"mode": mode, **agreement(model, bench.engine(mode, None).members, MODES[mode][0], bench.prompts()[:6], 64)}
+        for mode in ("separate-lazy", "adapter-rows", "adapter-rows-predicted")
+    ]
+    note("step time against length")
+    document["step_milliseconds"] = step_times(model, bench.engine("separate-lazy", None).members, 1024, 8)
     return document

@@ -15,27 +15,48 @@ COLUMNS = (
     ("tokens/step", "tokens_per_step", "{:.2f}"),
     ("switches", "switch_rate", "{:.2f}"),
     ("run length", "route_run_length", "{:.1f}"),
+    ("catch-up", "catch_up_share", "{:.2f}"),
     ("first visits, s", "prefill_seconds", "{:.2f}"),
     ("KV, MB", "kv_megabytes", "{:.0f}"),
+    ("weights and KV, MB", "peak_megabytes", "{:.0f}"),
 )
 
 
 def render(document: dict[str, Any]) -> str:
-    """A Markdown table of the results, and the conditions under it."""
+    """Markdown: a table of the results, the conditions under it, and what else was measured."""
+    about = document["conditions"]
+    lines = [
+        *_table(document["results"]),
+        "",
+        f"Ratio: to {about['yardstick']}, in the same round on the same prompts; medians of {about['rounds']} rounds. "
+        f"{about['dtype']}, {about['threads']} threads, {about['memory_gigabytes_per_second']:.0f} GB/s of memory, "
+        f"{about['prompts']} prompts, at most {about['new_tokens']} new tokens, torch {about['torch']}, transformers "
+        f"{about['transformers']}. Load before the start: {about['load_before']:.2f}.",
+    ]
+    if "looping" in document:
+        lines += [
+            "",
+            f"{about['looping_prompts']} prompts whose answer loops, apart:",
+            "",
+            *_table(document["looping"]),
+        ]
+    for row in document.get("agreement", []):
+        lines += [
+            "",
+            f"{row['mode']}: {row['tokens']:.1%} of tokens and {row['routes']:.1%} of routes as in the reference, "
+            f"logits at most {row['largest_logit_difference']:.2g} apart where the route is the same.",
+        ]
+    for name, times in document.get("step_milliseconds", {}).items():
+        lines += ["", f"Step time as the row grows, routes {name}, ms: " + " ".join(f"{t:.1f}" for t in times)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in document["results"]:
+    for row in rows:
         cells = [form.format("" if row[key] is None else row[key]) for _, key, form in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
-    about = document["conditions"]
-    lines += [
-        "",
-        f"Ratio: to {about['yardstick']}, of the same round; medians. {about['dtype']}, {about['threads']} threads, "
-        f"{about['memory_gigabytes_per_second']:.0f} GB/s of memory, {about['prompts']} prompts, at most "
-        f"{about['new_tokens']} new tokens; {about['looping_answers_left_out']} prompts left out whose answer loops.",
-    ]
-    for name, times in document.get("step_milliseconds", {}).items():
-        lines.append(f"Milliseconds of a step as the row grows, routes {name}: " + " ".join(f"{t:.1f}" for t in times))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

@@ -38,7 +38,7 @@ class Pool(Protocol):
 
     head: Head
     rewindable: bool
-    weight_bytes: int  # that a pass reads, LM head included
+    matrices: list[Tensor]  # that a pass reads
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]: ...
     def seen(self, member: int, row: int) -> int: ...
@@ -73,7 +73,7 @@ class PackedPool:
         lanes = [member.adapter for member in members.values()]
         self.transformer = Transformer(model, lanes, merge=merge, blocks=blocks)
         self.head = head
-        self.weight_bytes = self.transformer.weight_bytes + head.linear.weight.nbytes
+        self.matrices = [*self.transformer.matrices, head.linear.weight]
         self.lanes = {number: lane for lane, number in enumerate(members)}
         self.cache = self.transformer.new_cache()
         self.slots: dict[tuple[int, int], int] = {}
@@ -131,7 +131,7 @@ class PlainPool:
 
         self.number, self.member = number, member
         self.head = Head(member.model, vocab_size)
-        self.weight_bytes = sum(p.nbytes for p in member.model.parameters())
+        self.matrices = list(member.model.parameters())
         self.caches: dict[int, Any] = {}
         self.marks: dict[int, int] = {}
         self.new_cache = lambda: DynamicCache(config=member.config)
@@ -202,10 +202,11 @@ class Members:
                 self.pools.append(pool)
                 for number in numbers:
                     self.of[number] = pool
-        # Counted since the start: tokens by member, passes by pool, first visits of a row by a member.
+        # Counted since the start: tokens by member, passes by pool, first visits of a row by a member, and tokens that
+        # an expert read only because it had missed them.
         self.tokens = [0] * len(self.of)
         self.passes = [0] * len(self.pools)
-        self.visits = 0
+        self.visits = self.caught_up = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Hidden states `[keep, d]` of every job, in order; jobs of one pool are one pass."""
@@ -218,6 +219,8 @@ class Members:
                 seen = pool.seen(jobs[i].member, jobs[i].row)
                 self.tokens[jobs[i].member] += len(jobs[i].ids) - seen
                 self.visits += seen == 0
+                if seen and jobs[i].member:
+                    self.caught_up += len(jobs[i].ids) - seen - jobs[i].keep
             for i, hidden in zip(mine, pool.run([jobs[i] for i in mine]), strict=True):
                 results[i] = hidden
             self.passes[index] += 1

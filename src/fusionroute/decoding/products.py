@@ -90,9 +90,9 @@ class Product:
             _share(weight, bases)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return self.all.weight.nbytes + (0 if self.up is None else self.up.weight.nbytes)
+    def matrices(self) -> list[Tensor]:
+        """What a product reads."""
+        return [self.all.weight] + ([] if self.up is None else [self.up.weight])
 
     def __call__(self, x: Tensor, lanes: Lanes | None) -> Tensor:
         """`x [N, in]` and the lane of each token (None: no token has an adapter) give `[N, out]`."""

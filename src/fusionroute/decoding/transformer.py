@@ -140,9 +140,9 @@ class Transformer:
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of the blocks' matrices: what a pass reads, whatever its size."""
-        return sum(product.nbytes for layer in self.layers for product in layer[:4])
+    def matrices(self) -> list[Tensor]:
+        """Of the blocks: what a pass reads, whatever its size."""
+        return [matrix for layer in self.layers for product in layer[:4] for matrix in product.matrices]
 
     def _norm_weight(self, module: Any) -> Tensor:
         return 1.0 + module.weight.float() if self.shape.centred else module.weight

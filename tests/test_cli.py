@@ -66,6 +66,26 @@ def test_seed_and_temperature(run: Callable, folder: Path) -> None:
     assert text("--temperature", 2, "--seed", 1) != text("--temperature", 2, "--seed", 2)
 
 
+@pytest.mark.parametrize(
+    "option", [("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1.0), ("--repetition-penalty", 1.0, "--temperature", 0)]
+)
+def test_options_that_leave_one_token_are_greedy(run: Callable, folder: Path, option: tuple) -> None:
+    def text(*more: object) -> str:
+        return json.loads(run("generate", "Hi", "-c", folder, "--json", "--max-new-tokens", 8, *more)[1])["text"]
+
+    assert text("--temperature", 2, "--seed", 1, *option) == text()
+    assert text("--temperature", 2, "--seed", 1) != text()
+
+
+def test_a_stop_string_ends_the_answer(run: Callable, folder: Path) -> None:
+    def text(*more: object) -> str:
+        return json.loads(run("generate", "Hi", "-c", folder, "--json", "--max-new-tokens", 8, *more)[1])["text"]
+
+    whole = text()
+    end = whole[len(whole) // 2 :][:2]
+    assert text("--stop", end) == whole[: whole.index(end)]
+
+
 def test_forced_expert(run: Callable, folder: Path) -> None:
     _, out, _ = run("generate", "Hi", "-c", folder, "--json", "--max-new-tokens", 4, "--expert", "code", "--alpha", 0)
     answer = json.loads(out)

@@ -29,17 +29,32 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; a
 Data = Annotated[Path | None, typer.Option("--data", help="Folder that the recipe's data paths start from.")]
 RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe whose rows and settings are used.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Alpha = Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")]
+Expert = Annotated[str | None, typer.Option(help="Always this expert.")]
+NewTokens = Annotated[int, typer.Option(min=1)]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Only the so many likeliest tokens; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Only the likeliest tokens whose probabilities reach this.")]
+MinP = Annotated[float, typer.Option(help="Only tokens at least so likely, relative to the likeliest.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens that were there count less.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
     collection: Collection = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")] = None,
-    expert: Annotated[str | None, typer.Option(help="Always this expert.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    alpha: Alpha = None,
+    expert: Expert = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
     dtype: Dtype = None,
     base: Base = None,
     as_json: Json = False,
@@ -48,9 +63,15 @@ def generate(
     from fusionroute import chat
     from fusionroute.decoding.sampling import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     session = chat.Session(collection, dtype=dtype, base=base, quiet=as_json)
-    sampling = Sampling(temperature=temperature, seed=seed)
-    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    settings = {
+        "alpha": alpha,
+        "expert": expert,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop": stop or (),
+    }
     answer = session.answer([{"role": "user", "content": prompt}], settings, show=not as_json)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
@@ -59,11 +80,16 @@ def generate(
 @app.command(name="chat")
 def chat_(
     collection: Collection = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")] = None,
-    expert: Annotated[str | None, typer.Option(help="Always this expert.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    alpha: Alpha = None,
+    expert: Expert = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
     dtype: Dtype = None,
     base: Base = None,
 ) -> None:
@@ -71,10 +97,15 @@ def chat_(
     from fusionroute import chat
     from fusionroute.decoding.sampling import Sampling
 
-    session = chat.Session(collection, dtype=dtype, base=base)
-    sampling = Sampling(temperature=temperature, seed=seed)
-    settings = {"alpha": alpha, "expert": expert, "max_new_tokens": max_new_tokens, "sampling": sampling}
-    session.talk(settings)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
+    settings = {
+        "alpha": alpha,
+        "expert": expert,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop": stop or (),
+    }
+    chat.Session(collection, dtype=dtype, base=base).talk(settings)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusionroute import FusionRouteForCausalLM
+from fusionroute.decoding.rows import ALL
 from fusionroute.decoding.sampling import Sampling, draw
 
 LONGEST = 16
@@ -32,14 +33,23 @@ def write(
     count: int = LONGEST,
     alpha: float | None = None,
     expert: str | None = None,
+    routing: Any = "token",
 ) -> list[tuple[int, str]]:
     """The next `count` tokens and their experts, every member recomputing the whole row at every token."""
     ids, written = list(prompt), []
     for _ in range(count):
         with torch.no_grad():
-            output = model(torch.tensor([ids]), logits_to_keep=1, alpha=alpha, expert=expert)
+            output = model(
+                torch.tensor([ids]),
+                logits_to_keep=1,
+                alpha=alpha,
+                expert=expert,
+                routing=routing,
+                prompt_length=len(prompt),
+            )
         token = draw(output.logits[0, -1], sampling, ids=ids, new=len(ids) - len(prompt))
-        written.append((token, model.config.expert_names[int(output.routes[0, -1])]))
+        route = int(output.routes[0, -1])
+        written.append((token, ALL if route < 0 else model.config.expert_names[route]))
         ids.append(token)
     return written
 

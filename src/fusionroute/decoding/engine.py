@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
+from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
 from fusionroute.decoding.pace import CostModel, FastestMode
-from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
+from fusionroute.decoding.rows import ALL, Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
 from fusionroute.fusion import TokenTrace
@@ -247,6 +248,8 @@ class Engine:
         """Experts to run in the router's pass."""
         if row.expert is not None:
             return [row.expert]
+        if row.uniform:
+            return list(range(len(self.names)))
         if mode == "all":
             return list(range(len(self.names)))
         if mode == "predicted" and row.last_route in self.beside:
@@ -276,7 +279,7 @@ class Engine:
             at = 0
             for block in routed:
                 block.scores = scores[at : at + block.count]
-                block.routes = block.routes or routes[at : at + block.count]
+                block.decide(routes[at : at + block.count])
                 at += block.count
 
     def _second_pass(self, blocks: Sequence[Block]) -> None:
@@ -301,13 +304,13 @@ class Engine:
 
     def _decide(self, blocks: Sequence[Block]) -> None:
         """Draw at every position whose expert has run, until a draft fails or the row ends."""
-        spans = []
+        spans: list[Span] = []
         for block in blocks:
             upto = block.at
             while upto < block.count and block.has(upto):
                 upto += 1
             if upto > block.at:
-                spans.append((block, block.at, upto))
+                spans.append(Span(block, block.at, upto))
         if not spans:
             return
         fused, expert_logits, router_logits = self._logits(spans)
@@ -340,29 +343,8 @@ class Engine:
             block.failure, block.done = error, True
             return None
 
-    def _logits(self, spans: Sequence[tuple[Block, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused, expert's and router's logits `[K, V]` of the spans' positions, end to end.
-
-        A row whose policy leaves the router out has its expert's in the router's place.
-        """
-        parts = []
-        for block, start, upto in spans:
-            if block.router is not None:
-                parts.append((0, block.router[start:upto]))
-            parts += [(block.routes[j] + 1, block.hidden(j).unsqueeze(0)) for j in range(start, upto)]
-        found = iter(self.members.logits(parts))
-        experts, routers, alphas = [], [], []
-        for block, start, upto in spans:
-            router = None if block.router is None else next(found)
-            expert = torch.cat([next(found) for _ in range(start, upto)])
-            experts.append(expert)
-            routers.append(expert if router is None else router)
-            alphas += [0.0 if router is None else block.row.alpha] * (upto - start)
-        expert_logits, router_logits = torch.cat(experts), torch.cat(routers)
-        if len(set(alphas)) == 1:
-            return fusion.fuse(router_logits, expert_logits, alphas[0]), expert_logits, router_logits
-        weight = torch.tensor(alphas, device=expert_logits.device).unsqueeze(-1)
-        return expert_logits.float() + weight * router_logits.float(), expert_logits, router_logits
+    def _logits(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
+        return fused_logits(self.members, spans)
 
     def _trace(
         self, emitted: Sequence[tuple[Block, int, int, int]], fused: Tensor, experts: Tensor, routers: Tensor
@@ -386,7 +368,7 @@ class Engine:
                 TokenTrace(
                     id=token,
                     text="" if row.text is None else row.text.push(token, last=last),
-                    expert=self.names[block.routes[position]],
+                    expert=ALL if block.row.uniform else self.names[block.routes[position]],
                     weights=dict(zip(self.names, scores.softmax(-1).tolist(), strict=True)),
                     **choice,
                     drafted=position < len(block.drafts) and token == block.drafts[position],

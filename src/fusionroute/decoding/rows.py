@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fusionroute.decoding.engine import Engine
 
 Finish = Literal["stop", "length", "error", "cancelled"]
+ALL = "all"  # in the place of an expert's name, where none is chosen
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Request:
         ignore_end: go on after an end id.
         alpha: weight of the complement; None takes the collection's.
         expert: always this expert, whatever the scores.
+        routing: `token`: a decision per token. `query`: one, at the prompt's end. `uniform`: none, the product of all
+            experts, which traces call `all`.
         logprobs: that many likeliest alternatives with their log-probabilities at each token, of the fused distribution
             before temperature; 0 gives the emitted token's alone, None nothing.
     """
@@ -39,6 +42,7 @@ class Request:
     ignore_end: bool = False
     alpha: float | None = None
     expert: str | None = None
+    routing: Literal["token", "query", "uniform"] = "token"
     logprobs: int | None = None
 
 
@@ -93,7 +97,8 @@ class Row:
         self.ids = list(request.prompt)
         self.alpha = config.alpha if request.alpha is None else request.alpha
         self.expert = None if request.expert is None else config.expert_index(request.expert)
-        self.routed = self.expert is None or self.alpha != 0
+        self.uniform = request.routing == "uniform" and self.expert is None
+        self.routed = (self.expert is None and not self.uniform) or self.alpha != 0
         self.ends = frozenset() if request.ignore_end else engine.ends
         self.limit = min(len(self.ids) + request.max_new_tokens, engine.context)
         self.last_route = self.expert
@@ -120,7 +125,8 @@ class Block:
         self.count = len(drafts) + 1
         self.router: Tensor | None = None  # hidden states [count, d]
         self.scores: Tensor | None = None  # [count, n]
-        self.routes: list[int] = [row.expert] * self.count if row.expert is not None else []
+        known = -1 if row.uniform else row.expert
+        self.routes: list[int] = [] if known is None else [known] * self.count
         self.experts: dict[int, tuple[int, Tensor]] = {}  # expert: (first position, hidden states from there on)
         self.at = 0
         self.done = False
@@ -128,11 +134,30 @@ class Block:
         self.failure: Exception | None = None
         self.event = Event(row.number, [], [])
 
+    def decide(self, routes: list[int]) -> None:
+        """Take the router's decisions, as far as the row's policy leaves them to it."""
+        row = self.row
+        if self.routes:
+            return
+        if row.request.routing == "query":
+            # At the prompt's end, for the whole answer; without a complement the router is done.
+            row.expert = routes[0]
+            row.routed = row.alpha != 0
+            routes = routes[:1] * self.count
+        self.routes = routes
+
+    def running(self, position: int) -> list[int]:
+        """The experts whose logits count at `position`: the chosen one, or all."""
+        return sorted(self.experts) if self.row.uniform else [self.routes[position]]
+
     def has(self, position: int) -> bool:
-        """Whether the chosen expert has run at `position`."""
+        """Whether those experts have run at `position`."""
+        if self.row.uniform:
+            return bool(self.experts)
         found = self.experts.get(self.routes[position])
         return found is not None and found[0] <= position
 
-    def hidden(self, position: int) -> Tensor:
-        first, states = self.experts[self.routes[position]]
-        return states[position - first]
+    def hidden(self, expert: int, position: int) -> Tensor:
+        """What the expert's LM head reads there, `[1, d]`."""
+        first, states = self.experts[expert]
+        return states[position - first : position - first + 1]

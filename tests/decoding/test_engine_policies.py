@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tests.decoding.conftest import PROMPTS, SAMPLINGS, write
 
 from fusionroute import FusionRouteForCausalLM
@@ -57,3 +58,15 @@ def test_a_query_row_without_complement_leaves_the_router_after_the_prompt(colle
     engine = Engine(collection("llama"), mode="lazy")
     engine.generate([Request(PROMPTS[1], 8, routing="query", alpha=0.0)])
     assert engine.members.tokens[0] == len(PROMPTS[1])
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup(2, 1), RouterDraft()], ids=["none", "lookup", "router"])
+def test_the_router_alone_writes_what_its_model_writes(collection: Any, drafter: Any) -> None:
+    model = collection("adapters")
+    (answer,) = Engine(model, drafter=drafter).generate([Request(PROMPTS[1], 10, expert="router")])
+    ids = list(PROMPTS[1])
+    for token in answer.tokens:
+        with torch.no_grad():
+            logits = model.router(input_ids=torch.tensor([ids])).logits[0, -1, : model.config.vocab_size]
+        assert (token.id, token.expert) == (int(logits.argmax()), "router")
+        ids.append(token.id)

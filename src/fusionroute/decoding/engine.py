@@ -20,7 +20,7 @@ from fusionroute.decoding.drafting import Drafter, RouterDraft
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
 from fusionroute.decoding.pace import CostModel, FastestMode
-from fusionroute.decoding.rows import ALL, Block, Completion, Event, Logprobs, Request, Row
+from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
 from fusionroute.fusion import TokenTrace
@@ -258,20 +258,21 @@ class Engine:
 
     def _first_pass(self, blocks: Sequence[Block], mode: str) -> None:
         """The router over every block, with the experts that are likely to be chosen."""
-        jobs, owners = [], []
+        jobs: list[Job] = []
+        owners: list[tuple[Block, int | None]] = []
         for block in blocks:
             row = block.row
             if row.routed:
                 jobs.append(Job(0, row.number, block.ids, block.count - len(block.held)))
-                owners.append((block, -1))
+                owners.append((block, None))
             for expert in self._guesses(row, mode):
                 jobs.append(Job(expert + 1, row.number, block.ids, block.count))
                 owners.append((block, expert))
-        for (block, expert), hidden in zip(owners, self.members.run(jobs), strict=True):
-            if expert < 0:
+        for (block, owner), hidden in zip(owners, self.members.run(jobs), strict=True):
+            if owner is None:
                 block.router = torch.cat([*block.held, hidden])
             else:
-                block.experts[expert] = (0, hidden)
+                block.experts[owner] = (0, hidden)
         routed = [block for block in blocks if block.router is not None]
         if routed:
             scores = self.model.router.route_head(torch.cat([block.router for block in routed]))  # type: ignore[misc]
@@ -368,7 +369,7 @@ class Engine:
                 TokenTrace(
                     id=token,
                     text="" if row.text is None else row.text.push(token, last=last),
-                    expert=ALL if block.row.uniform else self.names[block.routes[position]],
+                    expert=block.writer(position),
                     weights=dict(zip(self.names, scores.softmax(-1).tolist(), strict=True)),
                     **choice,
                     drafted=position < len(block.drafts) and token == block.drafts[position],

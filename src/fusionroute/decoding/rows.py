@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from fusionroute.configuration import ROUTER
 from fusionroute.decoding.drafting import Draft
 from fusionroute.decoding.pace import Acceptance
 from fusionroute.decoding.sampling import Sampling
@@ -13,10 +14,12 @@ from fusionroute.decoding.text import TextPieces
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
+    from fusionroute.configuration import FusionRouteConfig
     from fusionroute.decoding.engine import Engine
 
 Finish = Literal["stop", "length", "error", "cancelled"]
 ALL = "all"  # in the place of an expert's name, where none is chosen
+ALONE = -1  # in the place of an expert's index, where the router writes alone; as a member its number is 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Request:
         stop: strings that end the text; they may span tokens.
         ignore_end: go on after an end id.
         alpha: weight of the complement; None takes the collection's.
-        expert: always this expert, whatever the scores.
+        expert: always this expert, whatever the scores; `router` is the router alone.
         routing: `token`: a decision per token. `query`: one, at the prompt's end. `uniform`: none, the product of all
             experts, which traces call `all`.
         logprobs: that many likeliest alternatives with their log-probabilities at each token, of the fused distribution
@@ -95,8 +98,11 @@ class Row:
         config = engine.model.config
         self.number, self.request = number, request
         self.ids = list(request.prompt)
+        self.names = engine.names
         self.alpha = config.alpha if request.alpha is None else request.alpha
-        self.expert = None if request.expert is None else config.expert_index(request.expert)
+        self.expert = None if request.expert is None else _index(config, request.expert)
+        if self.expert == ALONE:
+            self.alpha = 0.0
         self.uniform = request.routing == "uniform" and self.expert is None
         self.routed = (self.expert is None and not self.uniform) or self.alpha != 0
         self.ends = frozenset() if request.ignore_end else engine.ends
@@ -109,6 +115,10 @@ class Row:
     @property
     def new(self) -> int:
         return len(self.ids) - len(self.request.prompt)
+
+
+def _index(config: "FusionRouteConfig", expert: str) -> int:
+    return ALONE if expert == ROUTER else config.expert_index(expert)
 
 
 class Block:
@@ -125,8 +135,9 @@ class Block:
         self.count = len(drafts) + 1
         self.router: Tensor | None = None  # hidden states [count, d]
         self.scores: Tensor | None = None  # [count, n]
-        known = -1 if row.uniform else row.expert
-        self.routes: list[int] = [] if known is None else [known] * self.count
+        decided = row.uniform or row.expert is not None
+        # A uniform row has no routes; what stands there is not read.
+        self.routes: list[int] = [row.expert or 0] * self.count if decided else []
         self.experts: dict[int, tuple[int, Tensor]] = {}  # expert: (first position, hidden states from there on)
         self.at = 0
         self.done = False
@@ -145,6 +156,13 @@ class Block:
             row.routed = row.alpha != 0
             routes = routes[:1] * self.count
         self.routes = routes
+
+    def writer(self, position: int) -> str:
+        """Who decides there, as traces say."""
+        if self.row.uniform:
+            return ALL
+        route = self.routes[position]
+        return ROUTER if route == ALONE else self.row.names[route]
 
     def running(self, position: int) -> list[int]:
         """The experts whose logits count at `position`: the chosen one, or all."""

@@ -222,6 +222,109 @@ def routing(
     print(json.dumps(result) if as_json else text)
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    collection: Collection = None,
+    method: Annotated[str, typer.Option(help="task-arithmetic, dare or ties.")] = "task-arithmetic",
+    scale: Annotated[float | None, typer.Option(help="λ; the method's paper's if not given.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept; the method's paper's if not.")] = None,
+    seed: Annotated[int, typer.Option(help="Of DARE's drops.")] = 0,
+    base: Base = None,
+) -> None:
+    """Merge a collection's experts into one ordinary model."""
+    from fusionroute import collection as collections
+    from fusionroute.baselines.merging import MergeSettings, merge_collection
+
+    given = {"scale": scale, "density": density}
+    settings = MergeSettings.of(
+        method, seed=seed, **{name: value for name, value in given.items() if value is not None}
+    )
+    merge_collection(collections.locate(collection), settings, out, base=base)
+    print(f"{out}: an ordinary model, {settings}")
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Results folder; what is in it is not computed again.")] = Path(
+        "evaluation"
+    ),
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="Benchmarks, by commas; all if none.")] = None,
+    system: Annotated[list[str] | None, typer.Option("--system", help="Systems, by commas; all if none.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each benchmark.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the benchmarks; else the Hub.")] = None,
+    collection: Collection = None,
+    sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,
+    finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model: SOURCE or SOURCE+ADAPTER.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 32,
+    dtype: Dtype = None,
+    base: Base = None,
+    unsafe_code_execution: Annotated[
+        bool, typer.Option("--unsafe-code-execution", help="Run model-written code even where nothing isolates it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Every system on every benchmark, resumable; prints the report. Exit code 3 if an item has no score."""
+    from fusionroute import collection as collections
+    from fusionroute.evaluation.evaluate import TASKS, Evaluation
+    from fusionroute.evaluation.evaluate import evaluate as run_evaluation
+
+    names = [name for entry in tasks or ["all"] for name in entry.split(",") if name]
+    wanted = Evaluation(
+        collection=collections.locate(collection),
+        out=out,
+        tasks=list(dict.fromkeys(n for name in names for n in (TASKS if name == "all" else [name]))),
+        systems=system or ["all"],
+        data=data,
+        limit=limit,
+        dtype=dtype,
+        base=base,
+        batch=batch,
+        sft=sft,
+        finetuned=finetuned,
+        unsafe=unsafe_code_execution,
+    )
+    run_evaluation(wanted)
+    _report(out, as_json)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Results folder of an evaluation.")] = Path("evaluation"),
+    html: Annotated[Path | None, typer.Option(help="Also write one page with plots and coloured answers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The table of an evaluation: accuracies, differences to FusionRoute, costs, routing."""
+    if html is not None:
+        from fusionroute.evaluation import page
+        from fusionroute.evaluation import report as reports
+        from fusionroute.files import staged_file
+
+        text = page.render(reports.read(folder), folder)
+        with staged_file(html) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    _report(folder, as_json)
+
+
+@app.command(
+    name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line with `--model fusionroute`; every argument is handed on."""
+    from fusionroute.evaluation import harness
+
+    harness.main(context.args)
+
+
+def _report(folder: Path, as_json: bool) -> None:
+    from fusionroute.evaluation import report as reports
+
+    found = reports.read(folder)
+    print(reports.as_json(found) if as_json else reports.as_markdown(found))
+    if reports.unscored(found):
+        raise typer.Exit(3)
+
+
 @benches.command()
 def decode(
     collection: Collection = None,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fusionroute.decoding.cache import KVCache
 
-SHAPES = [(2, 4), (1, 6)]  # layers that differ
+SHAPES = [(2, 4), (2, 6)]  # layers that differ
 
 
 def new_cache(dtype: torch.dtype = torch.float32) -> KVCache:
@@ -24,7 +24,7 @@ def filled(slots: int, length: int) -> KVCache:
 
 
 def put(cache: KVCache, slot: int, length: int) -> None:
-    where = torch.arange(length) + slot * cache.capacity
+    where = cache.places([slot] * length, range(length))
     for layer, shape in enumerate(SHAPES):
         keys = mark(slot, length, layer, shape)
         cache.write(layer, where, keys, -keys)
@@ -167,7 +167,7 @@ def test_what_is_read_is_what_was_last_written_there(data: st.DataObject) -> Non
     for number in range(data.draw(st.integers(1, 5))):
         places = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, unique=True))
         new = torch.randn(len(places), 2, 4, generator=torch.Generator().manual_seed(number))
-        cache.write(0, torch.tensor([slot * cache.capacity + position for slot, position in places]), new, new + 1)
+        cache.write(0, cache.places(*zip(*places, strict=True)), new, new + 1)
         for (slot, position), entry in zip(places, new, strict=True):
             expected[slot, position] = entry
     first, end = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 5))
@@ -177,14 +177,14 @@ def test_what_is_read_is_what_was_last_written_there(data: st.DataObject) -> Non
 
 def test_keys_and_values_are_apart() -> None:
     cache = filled(1, 2)
-    cache.write(0, torch.tensor([1]), torch.full((1, 2, 4), 7.0), torch.full((1, 2, 4), 8.0))
+    cache.write(0, cache.places([0], [1]), torch.full((1, 2, 4), 7.0), torch.full((1, 2, 4), 8.0))
     keys, values = cache.read(0, slice(0, 1), 2)
     assert (keys[0, :, 1].unique().tolist(), values[0, :, 1].unique().tolist()) == ([7.0], [8.0])
 
 
 def test_a_write_to_one_layer_leaves_the_others() -> None:
     cache = filled(2, 3)
-    cache.write(0, torch.tensor([0, 4]), torch.zeros(2, 2, 4), torch.zeros(2, 2, 4))
+    cache.write(0, cache.places([0, 1], [0, 1]), torch.zeros(2, 2, 4), torch.zeros(2, 2, 4))
     keys, _ = cache.read(1, slice(0, 1), 3)
     assert torch.equal(keys[0].transpose(0, 1), mark(0, 3, 1, SHAPES[1]))
 
@@ -198,12 +198,12 @@ def test_reading_copies_nothing() -> None:
 
 def test_reading_gives_heads_before_positions() -> None:
     keys, values = filled(4, 3).read(1, slice(1, 4), 2)
-    assert keys.shape == values.shape == (3, 1, 2, 6)
+    assert keys.shape == values.shape == (3, 2, 2, 6)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_bytes_of_a_token_are_those_of_keys_and_values_of_all_layers(dtype: torch.dtype, size: int) -> None:
-    assert new_cache(dtype).bytes_per_token == 2 * size * (2 * 4 + 1 * 6)
+    assert new_cache(dtype).bytes_per_token == 2 * size * (2 * 4 + 2 * 6)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), max_size=12))

@@ -12,15 +12,17 @@ from torch import Tensor
 
 
 class KVCache:
-    """Per layer, keys and values `[slots, capacity, kv_heads, head_dim]`, grown when a slot or a length needs it.
+    """Per layer, keys and values `[slots, kv_heads, capacity, head_dim]`, grown when a slot or a length needs it.
+
+    One head's entries stand together: attention reads them in a row.
 
     Args:
-        shapes: of each layer, (kv_heads, head_dim).
+        shapes: of each layer, (kv_heads, head_dim); the number of heads is the same in all.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
         # Zeros, not whatever was there: a masked entry is still multiplied by its weight, which is 0.
-        self.keys = [torch.zeros(0, 0, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.keys = [torch.zeros(0, heads, 0, width, dtype=dtype, device=device) for heads, width in shapes]
         self.values = [tensor.clone() for tensor in self.keys]
         self.free: list[int] = []
 
@@ -30,12 +32,12 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
-        return sum(2 * k.shape[2] * k.shape[3] * k.element_size() for k in self.keys)
+        return sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in self.keys)
 
     @property
     def nbytes(self) -> int:
@@ -61,9 +63,9 @@ class KVCache:
         before = self.slots
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = old.new_zeros(slots, capacity, *old.shape[2:])
+                new = old.new_zeros(slots, old.shape[1], capacity, old.shape[3])
                 if slots >= before:
-                    new[:before, : old.shape[1]] = old
+                    new[:before, :, : old.shape[2]] = old
                 tensors[layer] = new
         if slots:
             for slot in range(before, slots):
@@ -71,12 +73,18 @@ class KVCache:
         else:
             self.free = []
 
-    def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put `[N, kv_heads, head_dim]` at the flat places `where [N]` = slot × capacity + position."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, where, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, where, values)
+    def places(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Where the entries of N tokens go, `[N · kv_heads]`, in any layer; until the cache grows."""
+        heads = self.keys[0].shape[1]
+        at = torch.tensor([slots, positions], device=self.keys[0].device)
+        head = torch.arange(heads, device=at.device)
+        return ((at[0].unsqueeze(1) * heads + head) * self.capacity + at[1].unsqueeze(1)).flatten()
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `[N, kv_heads, head_dim]` at the `places` of N tokens."""
+        self.keys[layer].flatten(0, 2).index_copy_(0, places, keys.flatten(0, 1))
+        self.values[layer].flatten(0, 2).index_copy_(0, places, values.flatten(0, 1))
 
     def read(self, layer: int, slots: slice, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[R, kv_heads, end, head_dim]` of neighbouring slots, as views."""
-        keys, values = self.keys[layer][slots, :end], self.values[layer][slots, :end]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return self.keys[layer][slots, :, :end], self.values[layer][slots, :, :end]

@@ -186,29 +186,37 @@ class Engine:
         if not self.active:
             return []
         visits = self.members.visits
-        blocks = [Block(row, *drafted) for row, drafted in zip(self.active, self._drafts(), strict=True)]
+        drafts = self._drafts()
+        blocks = [row.pending or Block(row, *drafted) for row, drafted in zip(self.active, drafts, strict=True)]
         started = time.perf_counter()
         before = sum(self.members.tokens)
         mode = self.modes.current()
-        self._first_pass(blocks, mode)
-        self._decide(blocks)
-        while any(not block.done for block in blocks):
-            self._second_pass([block for block in blocks if not block.done])
-            self._decide([block for block in blocks if not block.done])
+        undone = blocks
+        while undone:
+            self._run(undone, mode)
+            self._decide(undone)
+            undone = [block for block in undone if not block.done]
+            if mode == "predicted":
+                # A wrong guess waits for the next step's pass: one of its own would cost the other rows a token.
+                break
         for block in blocks:
-            self._settle(block)
+            block.row.pending = None if block.done else block
+            if block.done:
+                self._settle(block)
         if self.members.visits == visits:  # a prefill says nothing of what a step costs
             seconds = time.perf_counter() - started
             self.cost.add(sum(self.members.tokens) - before, seconds)
-            self.modes.add(mode, sum(len(block.event.tokens) for block in blocks), seconds)
-        return [block.event for block in blocks]
+            self.modes.add(mode, sum(len(block.event.tokens) for block in blocks if block.done), seconds)
+        return [block.event if block.done else Event(block.row.number, [], []) for block in blocks]
 
     def _drafts(self) -> list[tuple[list[int], list[Tensor]]]:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
         if self.drafter is None:
             return [([], []) for _ in self.active]
         price = (self.cost.relative_slope + self.draft_cost.mean / max(self.cost.mean, 1e-9)) * len(self.active)
-        counts = [min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active]
+        counts = [
+            0 if row.pending else min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active
+        ]
         if isinstance(self.drafter, RouterDraft):
             started, visits = time.perf_counter(), self.members.visits
             made = self._router_drafts(counts)
@@ -244,36 +252,26 @@ class Engine:
                 drafts.append(token)
         return made
 
-    def _guesses(self, row: Row, mode: str) -> list[int]:
-        """Experts to run in the router's pass."""
-        if row.expert is not None:
-            return [row.expert]
-        if row.uniform:
-            return list(range(len(self.names)))
-        if mode == "all":
-            return list(range(len(self.names)))
-        if mode == "predicted" and row.last_route in self.beside:
-            return [row.last_route]
-        return []
-
-    def _first_pass(self, blocks: Sequence[Block], mode: str) -> None:
-        """The router over every block, with the experts that are likely to be chosen."""
+    def _run(self, blocks: Sequence[Block], mode: str) -> None:
+        """One pass: the router over the blocks that it has not seen, with experts that are likely to be chosen; of the
+        others, the experts that were."""
         jobs: list[Job] = []
-        owners: list[tuple[Block, int | None]] = []
+        owners: list[tuple[Block, int | None, int]] = []
         for block in blocks:
-            row = block.row
-            if row.routed:
+            row, begun = block.row, block.begun
+            block.begun = True
+            if row.routed and not begun:
                 jobs.append(Job(0, row.number, block.ids, block.count - len(block.held)))
-                owners.append((block, None))
-            for expert in self._guesses(row, mode):
-                jobs.append(Job(expert + 1, row.number, block.ids, block.count))
-                owners.append((block, expert))
-        for (block, owner), hidden in zip(owners, self.members.run(jobs), strict=True):
+                owners.append((block, None, 0))
+            for expert, start, end in self._chosen(block) if begun else self._guesses(block, mode):
+                jobs.append(Job(expert + 1, row.number, block.ids[: block.first + end], end - start + 1))
+                owners.append((block, expert, start))
+        for (block, owner, start), hidden in zip(owners, self.members.run(jobs), strict=True):
             if owner is None:
                 block.router = torch.cat([*block.held, hidden])
             else:
-                block.experts[owner] = (0, hidden)
-        routed = [block for block in blocks if block.router is not None]
+                block.experts[owner] = (start, hidden)
+        routed = [block for block, owner, _ in owners if owner is None]
         if routed:
             scores = self.model.router.route_head(torch.cat([block.router for block in routed]))  # type: ignore[misc]
             routes = fusion.route(scores).tolist()
@@ -283,25 +281,29 @@ class Engine:
                 block.decide(routes[at : at + block.count])
                 at += block.count
 
-    def _second_pass(self, blocks: Sequence[Block]) -> None:
-        """The chosen experts that have not run: each over its gap and as far into the block as it is chosen."""
-        jobs, owners = [], []
-        for block in blocks:
-            first = block.routes[block.at]
-            wanted = {first}
-            # Another expert on the same weights may as well come along, should the draft hold until its turn.
-            wanted |= {
-                e
-                for j, e in enumerate(block.routes)
-                if j >= block.at and not block.has(j) and self.members.of[e + 1] is self.members.of[first + 1]
-            }
-            for expert in sorted(wanted):
-                chosen = [j for j in range(block.at, block.count) if block.routes[j] == expert]
-                upto = block.first + chosen[-1]
-                jobs.append(Job(expert + 1, block.row.number, block.ids[:upto], chosen[-1] - chosen[0] + 1))
-                owners.append((block, expert, chosen[0]))
-        for (block, expert, start), hidden in zip(owners, self.members.run(jobs), strict=True):
-            block.experts[expert] = (start, hidden)
+    def _guesses(self, block: Block, mode: str) -> list[tuple[int, int, int]]:
+        """Experts to run in the router's pass, over the whole block: (expert, first position, last position)."""
+        row = block.row
+        experts: list[int] = []
+        if row.expert is not None:
+            experts = [row.expert]
+        elif row.uniform or mode == "all":
+            experts = list(range(len(self.names)))
+        elif mode == "predicted" and row.last_route in self.beside:
+            experts = [row.last_route]
+        return [(expert, 0, block.count - 1) for expert in experts]
+
+    def _chosen(self, block: Block) -> list[tuple[int, int, int]]:
+        """The chosen experts that have not run, each as far into the block as it is chosen."""
+        first = block.routes[block.at]
+        # Another expert on the same weights may as well come along, should the draft hold until its turn.
+        wanted = {first} | {
+            e
+            for j, e in enumerate(block.routes)
+            if j >= block.at and not block.has(j) and self.members.of[e + 1] is self.members.of[first + 1]
+        }
+        chosen = {e: [j for j in range(block.at, block.count) if block.routes[j] == e] for e in sorted(wanted)}
+        return [(expert, positions[0], positions[-1]) for expert, positions in chosen.items()]
 
     def _decide(self, blocks: Sequence[Block]) -> None:
         """Draw at every position whose expert has run, until a draft fails or the row ends."""

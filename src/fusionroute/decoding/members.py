@@ -202,15 +202,16 @@ class Members:
                 self.pools.append(pool)
                 for number in numbers:
                     self.of[number] = pool
-        # Counted since the start: tokens by member, passes by pool, first visits of a row by a member, and tokens that
-        # an expert read only because it had missed them.
+        # Counted since the start: tokens by member, passes by pool, first visits of a row by a member, tokens that an
+        # expert read only because it had missed them, and rows of members run (a batch of four is four).
         self.tokens = [0] * len(self.of)
         self.passes = [0] * len(self.pools)
-        self.visits = self.caught_up = 0
+        self.visits = self.caught_up = self.jobs = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Hidden states `[keep, d]` of every job, in order; jobs of one pool are one pass."""
         results: list[Tensor] = [None] * len(jobs)  # type: ignore[list-item]
+        self.jobs += len(jobs)
         for index, pool in enumerate(self.pools):
             mine = [i for i, job in enumerate(jobs) if self.of[job.member] is pool]
             if not mine:

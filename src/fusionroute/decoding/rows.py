@@ -111,6 +111,7 @@ class Row:
         self.text = None if engine.tokenizer is None else TextPieces(engine.tokenizer, request.stop)
         self.draft: Draft | None = None
         self.acceptance = Acceptance(engine.draft_length)
+        self.pending: Block | None = None  # begun in the last step, and still without the chosen expert
 
     @property
     def new(self) -> int:
@@ -140,7 +141,7 @@ class Block:
         self.routes: list[int] = [row.expert or 0] * self.count if decided else []
         self.experts: dict[int, tuple[int, Tensor]] = {}  # expert: (first position, hidden states from there on)
         self.at = 0
-        self.done = False
+        self.begun = self.done = False
         self.kept = 0  # drafted tokens that were drawn
         self.failure: Exception | None = None
         self.event = Event(row.number, [], [])

@@ -178,33 +178,34 @@ class Transformer:
         order = sorted(range(len(spans)), key=lambda i: (len(spans[i].ids), spans[i].slot))
         packed = [spans[i] for i in order]
         groups = self._groups(packed)
-        ids, positions, where, lanes = self._index(packed, cache.capacity)
+        ids, positions, lanes = self._index(packed)
+        places = cache.places([span.slot for span in packed for _ in span.ids], _positions(packed))
         x = functional.embedding(ids, self.embedding)
         if self.shape.embed_scale != 1.0:
             x = x * torch.tensor(self.shape.embed_scale, dtype=self.dtype)
         cos, sin = self._rotation(x, positions)
         for index, layer in enumerate(self.layers):
-            attended = self._attend(index, self._normed(x, layer.norm_in), layer, groups, cos, sin, where, lanes, cache)
+            attended = self._attend(
+                index, self._normed(x, layer.norm_in), layer, groups, cos, sin, places, lanes, cache
+            )
             x = x + self._normed(layer.output(attended, lanes), layer.norm_attention)
             gate, up = layer.gate_up(self._normed(x, layer.norm_mlp), lanes).chunk(2, dim=-1)
             x = x + self._normed(layer.down(layer.activation(gate) * up, lanes), layer.norm_out)
         return self._normed(x[self._kept(packed, order, keep)], self.norm)
 
-    def _index(self, packed: Sequence[Span], capacity: int) -> tuple[Tensor, Tensor, Tensor, Lanes | None]:
-        """Of every token: its id, its position, its place in the cache, and its lane if any lane has an adapter.
+    def _index(self, packed: Sequence[Span]) -> tuple[Tensor, Tensor, Lanes | None]:
+        """Of every token: its id, its position, and its lane if any lane has an adapter.
 
-        Ids, positions and lanes are filled up to as many tokens as a product takes gladly; places are not.
+        Filled up to as many tokens as a product takes gladly.
         """
         ids = [token for span in packed for token in span.ids]
-        positions = [p for span in packed for p in range(span.start, span.start + len(span.ids))]
-        where = [span.slot * capacity + p for span in packed for p in range(span.start, span.start + len(span.ids))]
         spare = [0] * (self.fewest - len(ids))
         lanes = None
         if any(self.adapted[span.lane] for span in packed):
             of = [span.lane for span in packed for _ in span.ids] + spare
             lanes = Lanes(torch.tensor(of, device=self.device))
-        index = torch.tensor([ids + spare, positions + spare], device=self.device)
-        return index[0], index[1], torch.tensor(where, device=self.device), lanes
+        index = torch.tensor([ids + spare, _positions(packed) + spare], device=self.device)
+        return index[0], index[1], lanes
 
     def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[N, 1, head_dim]`, the first half of the sines negated: what halves swapped are times."""
@@ -228,17 +229,17 @@ class Transformer:
         groups: Sequence[Group],
         cos: Tensor,
         sin: Tensor,
-        where: Tensor,
+        places: Tensor,
         lanes: Lanes | None,
         cache: KVCache,
     ) -> Tensor:
         """Attention of every token over its own sequence, `[N, d] -> [N, heads · head_dim]`."""
-        shape, count = self.shape, where.shape[0]
+        shape, count = self.shape, groups[-1].tokens.stop
         both = shape.heads + shape.kv_heads
         projected = layer.qkv(x, lanes).unflatten(-1, (both + shape.kv_heads, shape.head_dim))
         turned = projected[:, :both]
         turned = torch.addcmul(turned * cos, turned.roll(shape.head_dim // 2, -1), sin)
-        cache.write(index, where, turned[:count, shape.heads :], projected[:count, both:])
+        cache.write(index, places, turned[:count, shape.heads :], projected[:count, both:])
         window = shape.windows[index]
         parts = [
             self._scores(turned[group.tokens, : shape.heads], group, *cache.read(index, group.slots, group.end), window)
@@ -300,3 +301,7 @@ class Transformer:
             ends[original] = at
         places = [place for end, count in zip(ends, keep, strict=True) for place in range(end - count, end)]
         return torch.tensor(places, dtype=torch.long, device=self.device)
+
+
+def _positions(packed: Sequence[Span]) -> list[int]:
+    return [position for span in packed for position in range(span.start, span.start + len(span.ids))]

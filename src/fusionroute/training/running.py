@@ -179,10 +179,10 @@ class Progress(TrainerCallback):
 
 
 class Meter:
-    """Progress in tokens: a bar on a terminal, a line every half minute elsewhere."""
+    """Progress in tokens, or in another unit: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title: str, total: int, unit: str = "tokens") -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
         self.started = self.printed = time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
@@ -194,17 +194,17 @@ class Meter:
             self.task = self.bar.add_task(title, total=total, note="")
             self.bar.start()
 
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
+    def advance(self, count: int) -> None:
+        self.done += count
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=f"{rate:.0f} tokens/s")
+            self.bar.update(self.task, completed=self.done, note=f"{rate:.3g} {self.unit}/s")
         elif now - self.printed > 30:
             self.printed = now
             left = (self.total - self.done) / rate / 60
             print(
-                f"{self.title}: {self.done}/{self.total} tokens  {rate:.0f} tokens/s  {left:.0f} min left",
+                f"{self.title}: {self.done}/{self.total} {self.unit}  {rate:.3g} {self.unit}/s  {left:.0f} min left",
                 file=sys.stderr,
             )
 

@@ -1,0 +1,81 @@
+"""Answers of one system to many prompts, on the engine, with what each of them cost. Knows no task and no file."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.rows import Request
+from fusionroute.errors import UsageError
+
+
+@dataclass
+class Answer:
+    """What a row wrote.
+
+    Attributes:
+        tokens: written ones, without the end.
+        finish: `stop`, `length`, or `error`.
+        seconds: of the engine's steps, each shared out among the rows it advanced.
+        passes: rows of members run, shared out likewise; per token, what one expert alone takes once.
+        pieces: [who wrote, text, tokens] along the answer.
+        overruled: tokens at which the router overruled the expert.
+        error: why there is no answer.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    finish: str = "error"
+    seconds: float = 0.0
+    passes: float = 0.0
+    pieces: list[list[Any]] = field(default_factory=list)
+    overruled: int = 0
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def answer(engine: Engine, wanted: Iterable[tuple[str, Request]], batch: int) -> Iterator[tuple[str, Answer]]:
+    """Answer requests, `batch` at a time, and yield each with its key as it ends.
+
+    A request that the engine refuses, or whose row fails, is an answer with an `error`.
+    """
+    waiting = iter(wanted)
+    running: dict[int, tuple[str, Answer]] = {}
+    more = True
+    while more or running:
+        while more and len(running) < batch:
+            entry = next(waiting, None)
+            if entry is None:
+                more = False
+                break
+            key, request = entry
+            try:
+                running[engine.submit(request)] = (key, Answer())
+            except UsageError as error:
+                yield key, Answer(error=str(error))
+        if not running:
+            continue
+        jobs, started = engine.members.jobs, time.perf_counter()
+        events = engine.step()
+        seconds, jobs = time.perf_counter() - started, engine.members.jobs - jobs
+        for event in events:
+            key, found = running[event.row]
+            found.seconds += seconds / len(events)
+            found.passes += jobs / len(events)
+            for token in event.tokens:
+                found.tokens += 1
+                found.overruled += token.overruled
+                if found.pieces and found.pieces[-1][0] == token.expert:
+                    found.pieces[-1][1] += token.text
+                    found.pieces[-1][2] += 1
+                else:
+                    found.pieces.append([token.expert, token.text, 1])
+            if event.finish is not None:
+                found.text = "".join(piece[1] for piece in found.pieces) + event.tail
+                found.finish = event.finish
+                found.error = None if event.error is None else f"{type(event.error).__name__}: {event.error}"
+                del running[event.row]
+                yield key, found

@@ -1,0 +1,1 @@
+"""Evaluation: the tasks, the systems under test, and the checking of what they answered."""

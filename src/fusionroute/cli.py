@@ -256,6 +256,9 @@ def evaluate(
     collection: Collection = None,
     sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,
     finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model: SOURCE or SOURCE+ADAPTER.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="The reward model of sequence-selection: SOURCE or SOURCE+ADAPTER.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 32,
     dtype: Dtype = None,
     base: Base = None,
@@ -282,6 +285,7 @@ def evaluate(
         batch=batch,
         sft=sft,
         finetuned=finetuned,
+        reward=reward,
         unsafe=unsafe_code_execution,
     )
     run_evaluation(wanted)

@@ -5,16 +5,20 @@ asked: of every system and benchmark the key of each item's score, also of those
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionroute import collection as collections
+from fusionroute.baselines.selection import select
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.benchmarks import Benchmark, Item, load_task
+from fusionroute.evaluation.execution import require_isolation
+from fusionroute.evaluation.reward import RewardModel
 from fusionroute.evaluation.store import Store, key_of
-from fusionroute.evaluation.systems import Sources, System, find, parse
+from fusionroute.evaluation.systems import SELECTION, Sources, System, find, parse
 from fusionroute.files import write_json
 
 if TYPE_CHECKING:
@@ -32,6 +36,8 @@ class Evaluation:
         data: folder with the benchmarks' files; None takes them from the Hub.
         limit: items of each benchmark, the first; None is all.
         batch: rows that are decoded together.
+        sft, finetuned: as in `Sources`.
+        reward: the reward model that selects among answers, as in `RewardModel`.
         unsafe: run model-written code where nothing isolates it.
     """
 
@@ -46,6 +52,7 @@ class Evaluation:
     batch: int = 32
     sft: Path | None = None
     finetuned: str | None = None
+    reward: str | None = None
     unsafe: bool = False
 
 
@@ -66,61 +73,101 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     sources = Sources(
         wanted.collection, wanted.out / "models", sft=wanted.sft, finetuned=wanted.finetuned, base=wanted.base
     )
-    names = parse(wanted.systems, collections.read_config(wanted.collection))
+    config = collections.read_config(wanted.collection)
+    names = parse(wanted.systems, config)
     asked_for_all = "all" in ",".join(wanted.systems).split(",")
-    systems, missing = [], {}
+    systems: dict[str, System] = {}
+    missing: dict[str, str] = {}
     for name in names:
         try:
-            systems.append(find(name, sources))
+            if name == SELECTION:
+                _require_reward(wanted)
+            else:
+                systems[name] = find(name, sources)
         except UsageError as error:
             if not asked_for_all:
                 raise
             missing[name] = str(error)
+    selects = SELECTION in names and SELECTION not in missing
+    reward = RewardModel(str(wanted.reward)) if selects else None
     benchmarks = [load_task(name, wanted.data, limit=wanted.limit) for name in wanted.tasks]
+    if {"mbpp", "humaneval"} & set(wanted.tasks):
+        require_isolation(wanted.unsafe)
     answers, scores = Store(wanted.out / "answers.jsonl"), Store(wanted.out / "scores.jsonl")
+    experts = {name: find(f"expert:{name}", sources) for name in config.expert_names} if selects else {}
+    # The experts' answers are those of `expert:NAME`, whether the table shows these or not.
+    runs = {**systems, **{system.name: system for system in experts.values()}}
+    identities = {
+        name: system.identity(collections.read_config(system.folder), wanted.base) for name, system in runs.items()
+    }
+    cells = {
+        name: {task.name: _cell(identity, task, wanted) for task in benchmarks} for name, identity in identities.items()
+    }
+    if reward is not None:
+        cells[SELECTION] = {
+            task.name: _selected(task, [cells[system.name][task.name] for system in experts.values()], reward)
+            for task in benchmarks
+        }
     plan: dict[str, Any] = {
         "collection": str(wanted.collection),
         "limit": wanted.limit,
         "dtype": wanted.dtype,
         "batch": wanted.batch,
-        "experts": collections.read_config(wanted.collection).expert_names,
+        "reward": None if reward is None else {"source": reward.source, "accuracy": reward.accuracy},
+        "experts": config.expert_names,
         "tasks": {
             task.name: {"settings": task.settings(), "primary": task.primary, "items": [item.id for item in task.items]}
             for task in benchmarks
         },
-        "systems": {},
+        "systems": {
+            name: {
+                "identity": identities.get(name),
+                "routed": name in systems and systems[name].routed,
+                "tasks": {task: asdict(cell) for task, cell in cells[name].items()},
+            }
+            for name in names
+            if name in cells
+        },
         "not_run": missing,
     }
-    cells: dict[tuple[str, str], Cell] = {}
-    for system in systems:
-        config = collections.read_config(system.folder)
-        identity = system.identity(config, wanted.base)
-        plan["systems"][system.name] = {"identity": identity, "routed": system.routed, "tasks": {}}
-        for task in benchmarks:
-            cell = _cell(identity, task, wanted)
-            cells[system.name, task.name] = cell
-            plan["systems"][system.name]["tasks"][task.name] = asdict(cell)
     wanted.out.mkdir(parents=True, exist_ok=True)
     write_json(wanted.out / "plan.json", plan)
-    _answer_all(systems, benchmarks, cells, answers, wanted)
-    _score_all(systems, benchmarks, cells, answers, scores, wanted)
+    _answer_all(list(runs.values()), benchmarks, cells, answers, wanted)
+    if reward is not None:
+        _select_all(experts, benchmarks, cells, answers, reward)
+    for name in plan["systems"]:
+        for task in benchmarks:
+            _score(name, task, cells[name][task.name], answers, scores, wanted)
     return plan
 
 
+def _require_reward(wanted: Evaluation) -> None:
+    if wanted.reward is None:
+        raise UsageError(f"{SELECTION} needs a reward model: give --reward SOURCE[+ADAPTER]")
+
+
 def _cell(identity: dict[str, Any], task: Benchmark, wanted: Evaluation) -> Cell:
-    cell = Cell()
-    for item in task.items:
-        request = [item.prompt, item.max_new_tokens, list(item.stop), wanted.dtype]
-        answer = None if item.defect else key_of("answer", identity, request)
-        cell.answers.append(answer)
-        cell.scores.append(None if answer is None else key_of("score", answer, task.name, item.id, task.settings()))
-    return cell
+    requests = [[item.prompt, item.max_new_tokens, list(item.stop), wanted.dtype] for item in task.items]
+    keys = [
+        None if item.defect else key_of("answer", identity, request)
+        for item, request in zip(task.items, requests, strict=True)
+    ]
+    return _keys(task, keys)
+
+
+def _keys(task: Benchmark, answers: list[str | None]) -> Cell:
+    settings = task.settings()
+    scores = [
+        None if key is None else key_of("score", key, task.name, item.id, settings)
+        for item, key in zip(task.items, answers, strict=True)
+    ]
+    return Cell(answers, scores)
 
 
 def _answer_all(
     systems: Sequence[System],
     benchmarks: Sequence[Benchmark],
-    cells: dict[tuple[str, str], Cell],
+    cells: dict[str, dict[str, Cell]],
     answers: Store,
     wanted: Evaluation,
 ) -> None:
@@ -135,7 +182,7 @@ def _answer_all(
         items = {
             key: item
             for task in benchmarks
-            for key, item in zip(cells[system.name, task.name].answers, task.items, strict=True)
+            for key, item in zip(cells[system.name][task.name].answers, task.items, strict=True)
             # Systems that are one and the same answer once; what failed is tried again.
             if key is not None and key not in planned and (answers.get(key) or {"error": "missing"})["error"]
         }
@@ -183,26 +230,44 @@ def _load(folder: Path, wanted: Evaluation) -> "tuple[Engine, Any]":
     return Engine(model, tokenizer), tokenizer
 
 
-def _score_all(
-    systems: Sequence[System],
+def _selected(task: Benchmark, experts: Sequence[Cell], reward: RewardModel) -> Cell:
+    """The keys of what sequence selection picks among the experts' answers."""
+    candidates = zip(*(cell.answers for cell in experts), strict=True)
+    return _keys(task, [None if None in keys else key_of(SELECTION, keys, reward.digest) for keys in candidates])
+
+
+def _select_all(
+    experts: dict[str, System],
     benchmarks: Sequence[Benchmark],
-    cells: dict[tuple[str, str], Cell],
+    cells: dict[str, dict[str, Cell]],
     answers: Store,
-    scores: Store,
-    wanted: Evaluation,
+    reward: RewardModel,
 ) -> None:
-    """Score the answers that have none yet; one that could not be scored is tried again."""
-    for system in systems:
-        for task in benchmarks:
-            cell = cells[system.name, task.name]
-            for item, answer_key, score_key in zip(task.items, cell.answers, cell.scores, strict=True):
-                if answer_key is None or score_key is None:
-                    continue
-                row, known = answers.get(answer_key), scores.get(score_key)
-                if row is None or row["error"] or (known is not None and known["unscored"] is None):
-                    continue
-                found = task.score(item, row["text"], unsafe=wanted.unsafe)
-                try:
-                    scores.put(score_key, asdict(found))
-                except FusionRouteError as error:
-                    print(f"{system.name}, {task.name} {item.id}: {error}", file=sys.stderr)
+    """Pick among the experts' answers where that has not been done."""
+    for task in benchmarks:
+        sides = [cells[system.name][task.name].answers for system in experts.values()]
+        for place, (item, key) in enumerate(zip(task.items, cells[SELECTION][task.name].answers, strict=True)):
+            rows = [answers.get(str(side[place])) for side in sides]
+            found = [row for row in rows if row is not None and not row["error"]]
+            if key is None or answers.get(key) is not None or len(found) < len(experts):
+                continue
+            started = time.perf_counter()
+            rewards = reward.score([(item.prompt, row["text"]) for row in found])
+            row = select(list(zip(experts, found, strict=True)), rewards)
+            row["seconds"] += time.perf_counter() - started
+            answers.put(key, {**row, "system": SELECTION})
+
+
+def _score(name: str, task: Benchmark, cell: Cell, answers: Store, scores: Store, wanted: Evaluation) -> None:
+    """Score the answers that have no score yet; one that could not be scored is tried again."""
+    for item, answer_key, score_key in zip(task.items, cell.answers, cell.scores, strict=True):
+        if answer_key is None or score_key is None:
+            continue
+        row, known = answers.get(answer_key), scores.get(score_key)
+        if row is None or row["error"] or (known is not None and known["unscored"] is None):
+            continue
+        found = task.score(item, row["text"], unsafe=wanted.unsafe)
+        try:
+            scores.put(score_key, asdict(found))
+        except FusionRouteError as error:
+            print(f"{name}, {task.name} {item.id}: {error}", file=sys.stderr)

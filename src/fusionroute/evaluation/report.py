@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
         }
         if name != OURS and OURS in vectors:
             entry["difference"] = _as_dict(difference_of(mine, _filled(vectors[OURS])))
-    settings = {key: plan[key] for key in ("collection", "limit", "dtype", "batch")}
+    settings = {key: plan[key] for key in ("collection", "limit", "dtype", "batch", "reward")}
     settings["tasks"] = {name: task["settings"] for name, task in plan["tasks"].items()}
     return {"systems": systems, "settings": settings, "not_run": plan["not_run"]}
 
@@ -162,6 +162,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     missing = unscored(report)
     if missing:
         lines.append(f"{missing} items have no score and count as wrong; in brackets how many.")
+    if reward := report["settings"]["reward"]:
+        lines.append(f"Reward model of sequence-selection: {reward['source']}, on held-out pairs {reward['accuracy']}.")
     lines += [f"Not run: {name}: {why}." for name, why in report["not_run"].items()]
     routed = {name: entry for name, entry in report["systems"].items() if entry["routing"]}
     if routed:

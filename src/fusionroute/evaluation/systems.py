@@ -15,6 +15,7 @@ from fusionroute import collection as collections
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import UsageError
 
+SELECTION = "sequence-selection"  # runs no model of its own: it picks among the experts' answers
 MERGES = ("task-arithmetic", "dare", "ties")
 
 
@@ -42,7 +43,9 @@ class System:
             for spec in config.specs_on(base)
             if spec.name == expert or expert is None or (spec.name == ROUTER and alpha != 0)
         ]
-        weights = {s.name: [s.digest, s.adapter_digest, s.source if s.digest is None else None] for s in taking_part}
+        weights: dict[str, Any] = {
+            s.name: [s.digest, s.adapter_digest, s.source if s.digest is None else None] for s in taking_part
+        }
         if expert is None:
             weights["route_head"] = _digest(self.folder / ROUTER / "route_head.safetensors")
         return {"weights": weights, "policy": {**self.policy, "alpha": alpha}, "vocab_size": config.vocab_size}
@@ -80,6 +83,7 @@ def every_name(config: FusionRouteConfig) -> list[str]:
         *(f"fixed:{name}" for name in experts),
         "no-complement",
         "sft-only",
+        SELECTION,
         *(f"merge:{method}" for method in MERGES),
         "finetuned",
     ]
@@ -123,7 +127,7 @@ def find(name: str, sources: Sources) -> System:
 def _merged(method: str, sources: Sources) -> Path:
     from fusionroute.baselines.merging import MergeSettings, merge_collection
 
-    settings = MergeSettings.of(method)  # type: ignore[arg-type]
+    settings = MergeSettings.of(method)
     config = collections.read_config(sources.collection)
     made_of = [[spec.source, spec.digest, spec.adapter_digest] for spec in config.specs_on(sources.base)]
     key = hashlib.sha256(json.dumps([made_of, vars(settings)]).encode()).hexdigest()[:12]

@@ -1,0 +1,366 @@
+"""The benchmarks: rows from files or the Hub, prompts, and everything that defines a result.
+
+A benchmark is an lm-eval task, written down in `tasks/*.yaml`. `load_task` reads it through lm-eval, so that prompts
+and settings are the same here and under the `lm_eval` command, which calls `load_rows` and `process_results` below; the
+scores come from `scoring`. Knows nothing of models, chat templates or stores.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+
+import pydantic
+
+from fusionroute.errors import FusionRouteError, UsageError, first_line
+from fusionroute.evaluation import extraction, scoring
+from fusionroute.evaluation.execution import Limits, require_isolation
+from fusionroute.evaluation.scoring import Score
+from fusionroute.training.rows import read_raw
+
+if TYPE_CHECKING:
+    import datasets
+
+TASK_FILES = Path(__file__).parent / "tasks"
+NAMES = tuple(scoring.SCORERS)
+_PREFIX = "fusionroute_"
+# Modules and packages whose version can change a score; lm-eval itself reads every task.
+_PACKAGES = {
+    "math500": {"math_verify": "math-verify", "latex2sympy2_extended": "latex2sympy2-extended", "sympy": "sympy"},
+    "ifeval": {"lm_eval": "lm_eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"},
+}
+_CODE = ("mbpp", "humaneval")
+
+Text = Annotated[str, pydantic.StringConstraints(pattern=r"\S")]
+
+
+class _Row(pydantic.BaseModel, strict=True):
+    """The fields of a row that prompts and scores use; others are left out.
+
+    `shown` are the columns lm-eval sees, with what stands there in a row that lacks a field.
+    """
+
+    shown: ClassVar[dict[str, Any]]
+    named_by: ClassVar[str | None] = None
+
+
+class _Gsm8k(_Row):
+    shown = {"question": "-", "answer": ""}
+    question: Text
+    answer: Text
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_number(self) -> "_Gsm8k":
+        if extraction.marked_number(self.answer) is None:
+            raise ValueError("'answer' has no number after ####")
+        return self
+
+
+class _Math500(_Row):
+    shown = {"problem": "-", "answer": ""}
+    named_by = "unique_id"
+    problem: Text
+    answer: Text
+    solution: str | None = None
+    unique_id: str | None = None
+
+
+class _Mbpp(_Row):
+    shown = {"text": "-", "test_list": ["-"], "code": ""}
+    named_by = "task_id"
+    text: Text
+    test_list: Annotated[list[Text], pydantic.Field(min_length=1)]
+    test_setup_code: str | None = None
+    code: str | None = None
+    task_id: int | str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _tidy(self) -> "_Mbpp":
+        # As in the training rows: the file ends its lines in two ways.
+        self.text = extraction.unix_lines(self.text).lstrip("\n").rstrip()
+        self.test_list = [extraction.unix_lines(test).lstrip("\n").rstrip() for test in self.test_list]
+        return self
+
+
+class _HumanEval(_Row):
+    shown = {"prompt": "-", "canonical_solution": ""}
+    named_by = "task_id"
+    prompt: Text
+    entry_point: Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
+    test: Text
+    canonical_solution: str | None = None
+    task_id: int | str | None = None
+
+
+class _IfEval(_Row):
+    shown = {"prompt": "-"}
+    named_by = "key"
+    prompt: Text
+    instruction_id_list: Annotated[list[Text], pydantic.Field(min_length=1)]
+    kwargs: list[dict[str, Any]]
+    key: int | str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _belong_together(self) -> "_IfEval":
+        if len(self.kwargs) != len(self.instruction_id_list):
+            raise ValueError(f"{len(self.instruction_id_list)} instructions, but {len(self.kwargs)} in 'kwargs'")
+        # The Hub's table has a column for every argument of any instruction.
+        self.kwargs = [{k: v for k, v in given.items() if v is not None} for given in self.kwargs]
+        return self
+
+
+class _General(_Row):
+    shown = {"instruction": "-", "input": "", "output": ""}
+    named_by = "id"
+    instruction: Text
+    input: str = ""
+    output: str = ""
+    id: int | str | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _first_instance(cls, raw: Any) -> Any:
+        instances = raw.get("instances")
+        if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+            raise ValueError("'instances' holds no instance")
+        return {key: raw[key] for key in ("instruction", "id") if key in raw} | instances[0]
+
+
+_ROWS: dict[str, type[_Row]] = {
+    "gsm8k": _Gsm8k,
+    "math500": _Math500,
+    "mbpp": _Mbpp,
+    "humaneval": _HumanEval,
+    "ifeval": _IfEval,
+    "general": _General,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row asked for.
+
+    Attributes:
+        id: the row's own name, or its place in the file, from 0; unique in the benchmark.
+        prompt: what to ask, before any chat template; empty if there is a defect.
+        max_new_tokens: most tokens of an answer.
+        stop: strings that end an answer, beside the model's own end.
+        raw: the row's fields as the score uses them; the row as it came if there is a defect.
+        defect: what the row lacks; such an item is not asked, counts, and has no score.
+    """
+
+    id: str
+    prompt: str
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    raw: dict[str, Any]
+    defect: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's items, in file order, and how they are scored.
+
+    Attributes:
+        primary: the metric that tables show; None where a judge decides.
+        source: where the rows came from, for people.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    primary: str | None
+    source: str
+    _settings: dict[str, Any] = field(repr=False)
+
+    def score(self, item: Item, answer: str, *, unsafe: bool = False) -> Score:
+        """Score an answer. `unsafe` runs model-written code also where nothing isolates it."""
+        if item.defect:
+            return scoring.unscored(self.name, f"defective row: {item.defect}")
+        return scoring.SCORERS[self.name](item.raw, answer, unsafe=unsafe)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the result depends on beside the answers, as JSON knows it: fit for printing and hashing.
+
+        `sha256` is that of the rows as the scores use them, all of them whatever the limit, so the same rows from a
+        file and from the Hub are the same.
+        """
+        return json.loads(json.dumps(self._settings))
+
+
+def load_task(name: str, data_dir: Path | None, *, limit: int | None = None) -> Benchmark:
+    """Load a benchmark.
+
+    Args:
+        name: one of `NAMES`.
+        data_dir: folder with the files that `tasks/*.yaml` name; without it, the Hub.
+        limit: take the first so many rows of the file, as lm-eval's `--limit` does.
+
+    Raises:
+        UsageError: no such benchmark, or a limit below 1.
+        FusionRouteError: the file or the Hub's data set cannot be read, or a package is not installed.
+    """
+    if name not in NAMES:
+        raise UsageError(f"unknown benchmark {name!r}: there are {', '.join(NAMES)}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"a limit of {limit} items leaves none: name at least 1")
+    for module in ("lm_eval", *_PACKAGES.get(name, ())):
+        if importlib.util.find_spec(module) is None:
+            raise FusionRouteError(f"benchmark {name} needs {module}: pip install 'fusionroute[eval]'")
+    from lm_eval.tasks import TaskManager
+
+    # Whether code may run is asked when it runs.
+    metadata: dict[str, Any] = {"unsafe_code_execution": True}
+    if data_dir is not None:
+        metadata["data"] = str(data_dir)
+    with _without_warnings():
+        manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
+        task = manager.load([_PREFIX + name])["tasks"][_PREFIX + name]
+    docs = cast(Sequence[dict[str, Any]], task.eval_docs)
+    generation = task.config.generation_kwargs
+    items = [
+        Item(
+            doc["id"],
+            "" if doc["defect"] else task.doc_to_text(doc),
+            generation["max_gen_toks"],
+            tuple(generation["until"]),
+            json.loads(doc["row"]),
+            doc["defect"],
+        )
+        for doc in (docs[index] for index in range(min(len(docs), limit or len(docs))))
+    ]
+    rows = task.config.dataset_kwargs["rows"]
+    source = str(data_dir / rows["file"]) if data_dir is not None else rows["hub"]["path"]
+    return Benchmark(name, tuple(items), task.config.metadata["primary"], source, _settings_of(name, task, docs))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """lm-eval warns of every task that takes its rows from a function."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _settings_of(name: str, task: Any, docs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    config, metadata = task.config, task.config.metadata
+    digest = hashlib.sha256()
+    for doc in docs:
+        digest.update(json.dumps([doc["id"], doc["defect"], doc["row"]]).encode() + b"\n")
+    settings = {
+        "task": name,
+        "version": metadata["version"],
+        "prompt": config.doc_to_text,
+        "shots": config.num_fewshot,
+        "chat_template": metadata["chat_template"],
+        "max_new_tokens": config.generation_kwargs["max_gen_toks"],
+        "stop": list(config.generation_kwargs["until"]),
+        "primary": metadata["primary"],
+        "rules": metadata["rules"],
+        "rows": len(docs),
+        "sha256": digest.hexdigest(),
+        "packages": {package: version(package) for package in _PACKAGES.get(name, {}).values()},
+    }
+    if name in _CODE:
+        settings |= {"python": ".".join(platform.python_version_tuple()[:2]), "limits": asdict(Limits())}
+    return settings
+
+
+def load_rows(
+    *, rows: Mapping[str, Any], data: str | None = None, unsafe_code_execution: bool = False, **_: Any
+) -> "dict[str, datasets.Dataset]":
+    """What lm-eval calls for a task's rows: `rows` from the task file, the others from `--metadata`.
+
+    Every row becomes one, in order: a row that lacks a field says so in `defect`, and nothing stands where lm-eval's
+    own loader would have stopped the whole task.
+
+    Raises:
+        UsageError: the task runs code, and nothing isolates it here.
+        FusionRouteError: the file or the Hub's data set cannot be read.
+    """
+    import datasets
+
+    name: str = rows["task"]
+    if name in _CODE:
+        require_isolation(unsafe_code_execution)
+    if data is None:
+        found, source = _hub_rows(**rows["hub"]), rows["hub"]["path"]
+    else:
+        path = Path(data).expanduser() / rows["file"]
+        found, source = [raw for _, raw in read_raw(path)], str(path)
+        if name == "ifeval":
+            scoring.find_nltk_data(Path(data).expanduser() / "nltk_data")
+    if not found:
+        raise FusionRouteError(f"{source} holds no rows")
+    docs = [_doc(name, raw, unsafe_code_execution) for raw in found]
+    taken: set[str] = set()
+    for index, doc in enumerate(docs):
+        named = doc["id"] or str(index)
+        doc["id"] = named if named not in taken else f"{named}@{index}"
+        taken.add(doc["id"])
+    return {"test": datasets.Dataset.from_list(docs)}
+
+
+def _hub_rows(path: str, split: str, name: str | None = None) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        return [dict(row) for row in datasets.load_dataset(path, name, split=split)]
+    except Exception as error:  # the Hub, the network, the cache and every file format have exceptions of their own
+        reason = f"cannot load data set {path}, split {split} ({first_line(error)})"
+        raise FusionRouteError(f"{reason}: name the folder of your data with --data DIR") from error
+
+
+def _doc(task: str, raw: dict[str, Any], unsafe: bool) -> dict[str, Any]:
+    """A row as lm-eval sees it. All of one task have the same columns: its table takes no others."""
+    kind = _ROWS[task]
+    defect = ""
+    try:
+        row = kind.model_validate(raw).model_dump()
+        json.dumps(row, ensure_ascii=False).encode()
+    except pydantic.ValidationError as error:
+        defect = "; ".join(_problem(problem) for problem in error.errors())
+    except UnicodeEncodeError:
+        defect = "half a character (a lone surrogate)"
+    except (TypeError, ValueError):
+        defect = "holds what JSON does not know"
+    shown = kind.shown if defect else {column: row[column] for column in kind.shown}
+    named = raw.get(kind.named_by or "")
+    kept = json.dumps(raw if defect else row, default=str)
+    return {
+        "id": str(named) if isinstance(named, int | str) else "",
+        "task": task,
+        "defect": defect,
+        "unsafe": unsafe,
+        "row": kept,
+        **shown,
+    }
+
+
+def _problem(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"field {where!r}: {reason}" if where else reason
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """What lm-eval calls for a row's scores: every metric, and whether there is none."""
+    if doc["defect"]:
+        found = scoring.unscored(doc["task"], doc["defect"])
+    else:
+        found = scoring.SCORERS[doc["task"]](json.loads(doc["row"]), results[0], unsafe=doc["unsafe"])
+    scores: dict[str, Any] = {
+        metric: (score, found.weights.get(metric, 1.0)) if metric.startswith("instruction_") else score
+        for metric, score in found.scores.items()
+    }
+    return scores | {"unscored": float(found.unscored is not None)}

@@ -48,6 +48,9 @@ def test_command(line: str, place: Path) -> None:
         done = run(words, ROOT)
     elif "DIR" in words and words[1] == "run":
         done = run([*words[: words.index("--data")], "--tiny"], place)
+    elif words[1] == "evaluate":
+        tiny = ["--limit", "1", "--data", str(ROOT / "tests/evaluation/fixtures"), "--collection", "demo/collection"]
+        done = run([*words[: words.index("--limit")], *tiny, "--out", "results"], place)
     elif "DIR" in words:  # the tiny run's recipe, rows and collection stand in for the hours-long one's
         tiny = ["--recipe", "demo/recipe.yaml", "--data", "demo/tiny-data", "--collection", "demo/collection"]
         done = run([*words[: words.index("--recipe")], *tiny], place)

@@ -332,7 +332,8 @@ def _report(folder: Path, as_json: bool) -> None:
 @benches.command()
 def decode(
     collection: Collection = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and two rounds, in some minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and two rounds, in about two minutes.")] = False,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows together; repeatable; 1, 8, 16 if none.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file.")] = None,
     dtype: Dtype = "bfloat16",
     base: Base = None,
@@ -342,7 +343,7 @@ def decode(
     from fusionroute.decoding import bench_report
     from fusionroute.decoding.bench import measure_collection
 
-    document = measure_collection(collection, dtype, base, quick=quick)
+    document = measure_collection(collection, dtype, base, quick=quick, batches=batch or ())
     if not as_json:
         print(bench_report.render(document))
     if plot is not None:

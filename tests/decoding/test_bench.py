@@ -89,3 +89,15 @@ def test_a_step_is_timed_along_the_row(load: Load) -> None:
     found = step_times(model, Members(model), 24, 4)
     assert {name: len(times) for name, times in found.items()} == {"sticky": 4, "alternating": 4}
     assert isinstance(model.router.route_head, torch.nn.Linear)
+
+
+def test_the_table_tells_what_was_measured_apart(document: dict) -> None:
+    more = {
+        "looping": document["results"][:1],
+        "agreement": [{"mode": "separate-lazy", "tokens": 0.9951, "routes": 1.0, "largest_logit_difference": 0.52}],
+        "step_milliseconds": {"sticky": [1.0, 2.0]},
+    }
+    text = bench_report.render({**document, "conditions": {**document["conditions"], "looping_prompts": 3}, **more})
+    assert "3 prompts whose answer loops" in text
+    assert "separate-lazy: 99.5% of tokens" in text
+    assert "routes sticky, ms: 1.0 2.0" in text

@@ -30,6 +30,21 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux isol
 Runner = Callable[..., Outcome]
 
 
+KNOWN: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _children_of_others() -> None:
+    """Other tests of the same process may have left workers of theirs running."""
+    KNOWN.clear()
+    KNOWN.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
+def leftovers() -> list[psutil.Process]:
+    """Processes that this test has started and that still run."""
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in KNOWN]
+
+
 def _runner(mechanism: str | None) -> Runner:
     def run(source: str, tests: str = "", **limits: Any) -> Outcome:
         return execution._run(textwrap.dedent(source), textwrap.dedent(tests), Limits(**limits), mechanism)
@@ -208,7 +223,7 @@ def test_fork_bomb_of_the_c_library(caged: Runner, call: str) -> None:
 def test_fork_bomb_that_will_not_give_up(caged: Runner) -> None:
     source = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert caged(source, seconds=0.5).reason == "timeout"
-    assert psutil.Process().children(recursive=True) == []
+    assert leftovers() == []
 
 
 def test_starting_programs(caged: Runner, free: Runner) -> None:
@@ -408,7 +423,7 @@ def test_leaving_a_daemon_behind(caged: Runner, free: Runner, tmp_path: Path) ->
     assert caged(source).reason == "error"
     time.sleep(1)
     assert not sign.exists()
-    assert psutil.Process().children(recursive=True) == []
+    assert leftovers() == []
 
 
 @pytest.mark.parametrize(
@@ -427,7 +442,7 @@ def test_endless_programs(caged: Runner, source: str) -> None:
     outcome = caged(source, seconds=0.5)
     assert (outcome.reason, outcome.passed) == ("timeout", False)
     assert time.monotonic() - started < 2.5
-    assert psutil.Process().children(recursive=True) == []
+    assert leftovers() == []
 
 
 def test_endless_loop_in_the_tests_call(caged: Runner) -> None:

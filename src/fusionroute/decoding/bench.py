@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 
 from fusionroute.collection import encode_chat
 from fusionroute.decoding.bench_checks import agreement, bandwidth, step_times, weights_in_memory
+from fusionroute.decoding.bench_report import table
 from fusionroute.decoding.bench_turns import Turn, Yardstick, loops, run
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
@@ -71,7 +73,7 @@ MODES: dict[str, tuple[Any, bool, tuple[str | None, ...]]] = {
     "separate-lazy": ("lazy", True, (None, "prompt-lookup", "router")),
     "adapter-rows": ("all", False, (None, "prompt-lookup", "router")),
     "adapter-rows-predicted": ("predicted", False, (None, "prompt-lookup", "router")),
-    "auto": ("auto", False, (None, "prompt-lookup")),
+    "auto": ("auto", False, (None,)),
 }
 YARDSTICK = "transformers generate"
 WARM_UP = 8  # tokens
@@ -80,8 +82,8 @@ WARM_UP = 8  # tokens
 class Bench:
     """All variants on one collection."""
 
-    def __init__(self, model: "FusionRouteForCausalLM", tokenizer: Any, *, new: int, expert: str | None = None) -> None:
-        self.model, self.tokenizer, self.new = model, tokenizer, new
+    def __init__(self, model: "FusionRouteForCausalLM", tokenizer: Any, expert: str | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.expert = expert or model.config.expert_names[-1]
         self.yardstick = Yardstick(model, self.expert)
         self.engines: dict[tuple[str, str | None], Engine] = {}
@@ -112,15 +114,15 @@ class Bench:
     def variants(self) -> list[tuple[str, str | None]]:
         return [(YARDSTICK, None), *((mode, d) for mode, (_, _, drafters) in MODES.items() for d in drafters)]
 
-    def split(self) -> tuple[list[list[int]], list[list[int]]]:
+    def split(self, new: int) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts whose fused answer ends and those whose answer loops."""
         prompts = self.prompts()
-        marks = [loops(answer) for answer in self.turn("adapter-rows", None, prompts, self.new).answers]
+        marks = [loops(answer) for answer in self.turn("adapter-rows", None, prompts, new).answers]
         good = [p for p, mark in zip(prompts, marks, strict=True) if not mark]
         return good, [p for p, mark in zip(prompts, marks, strict=True) if mark]
 
     def measure(
-        self, batch: int, prompts: Sequence[Sequence[int]], rounds: int, note: Callable[[str], None]
+        self, batch: int, prompts: Sequence[Sequence[int]], new: int, rounds: int, note: Callable[[str], None]
     ) -> list[dict[str, Any]]:
         """Every variant on the same prompts in a round, on others in the next; `batch` at a time, at least three."""
         variants = self.variants()
@@ -136,7 +138,7 @@ class Bench:
                 note(f"batch {batch}: {done}/{rounds * len(variants)}  {name}  {left / 60:.0f} min left")
                 if not number:
                     self.turn(*variant, mine[:batch], WARM_UP)
-                parts = [self.turn(*variant, mine[i : i + batch], self.new) for i in range(0, count, batch)]
+                parts = [self.turn(*variant, mine[i : i + batch], new) for i in range(0, count, batch)]
                 turns[variant].append(sum(parts, Turn()))
         return [self._row(variant, batch, found, turns[YARDSTICK, None]) for variant, found in turns.items()]
 
@@ -173,7 +175,9 @@ class Bench:
         return weights_in_memory(self.model, self.engine(*variant).members)
 
 
-def measure_collection(name: str | None, dtype: str | None, base: str | None, *, quick: bool) -> dict[str, Any]:
+def measure_collection(
+    name: str | None, dtype: str | None, base: str | None, *, quick: bool, batches: Sequence[int] = ()
+) -> dict[str, Any]:
     """`decode` on a collection by name, telling on standard error where it is."""
     import sys
 
@@ -185,7 +189,8 @@ def measure_collection(name: str | None, dtype: str | None, base: str | None, *,
     with quiet():
         model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
         tokenizer = collection.load_tokenizer(folder)
-    return decode(model, tokenizer, quick=quick, note=lambda text: print(text, file=sys.stderr, flush=True))
+    note = partial(print, file=sys.stderr, flush=True)
+    return decode(model, tokenizer, quick=quick, batches=batches, note=note)
 
 
 def decode(
@@ -193,9 +198,13 @@ def decode(
     tokenizer: Any,
     *,
     quick: bool,
+    batches: Sequence[int] = (),
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run the benchmark and return its document.
+
+    Args:
+        batches: rows decoded together; by default 1, 8 and 16, or 1 if quick.
 
     Returns:
         `conditions`; `results`, a row for each variant and batch; and unless quick: `looping`, such rows over the
@@ -204,15 +213,20 @@ def decode(
     import transformers
 
     load = os.getloadavg()[0]
-    bench = Bench(model, tokenizer, new=32 if quick else 96)
+    bench, rounds = Bench(model, tokenizer), 2 if quick else 5
+    # Batches take as long per token as there are rows, so theirs are shorter.
+    tokens = 32 if quick else 64
+    plan = {batch: tokens if batch == 1 else tokens // 2 for batch in batches or ((1,) if quick else (1, 8, 16))}
     good: list[list[int]] = bench.prompts()
     looping: list[list[int]] = []
     if not quick:
         note("answering once, to tell answers that loop from others")
-        good, looping = bench.split()
+        good, looping = bench.split(tokens)
     results = []
-    for batch in (1,) if quick else (1, 8, 16):
-        results += bench.measure(batch, good or looping, 2 if quick else 5, note)
+    for batch, new in plan.items():
+        rows = bench.measure(batch, good or looping, new, rounds, note)
+        note("\n".join(table(rows)))
+        results += rows
     document: dict[str, Any] = {
         "conditions": {
             "dtype": str(model.members[0].model.dtype).removeprefix("torch."),
@@ -221,8 +235,8 @@ def decode(
             "memory_gigabytes_per_second": bandwidth(),
             "members": [member.name for member in model.members],
             "yardstick": f"{YARDSTICK} of {bench.expert}",
-            "new_tokens": bench.new,
-            "rounds": 2 if quick else 5,
+            "new_tokens": {str(batch): new for batch, new in plan.items()},
+            "rounds": rounds,
             "prompts": len(good),
             "looping_prompts": len(looping),
             "torch": torch.__version__,
@@ -233,7 +247,7 @@ def decode(
     if quick:
         return document
     if looping:
-        document["looping"] = bench.measure(1, looping[:3], 1, note)
+        document["looping"] = bench.measure(1, looping[:3], tokens, 1, note)
     note("agreement with the reference model")
     document["agreement"] = [
         {"mode": mode, **agreement(model, bench.engine(mode, None).members, MODES[mode][0], bench.prompts()[:6], 64)}

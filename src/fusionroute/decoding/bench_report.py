@@ -25,12 +25,13 @@ COLUMNS = (
 def render(document: dict[str, Any]) -> str:
     """Markdown: a table of the results, the conditions under it, and what else was measured."""
     about = document["conditions"]
+    tokens = ", ".join(f"{new} (batch {batch})" for batch, new in about["new_tokens"].items())
     lines = [
-        *_table(document["results"]),
+        *table(document["results"]),
         "",
         f"Ratio: to {about['yardstick']}, in the same round on the same prompts; medians of {about['rounds']} rounds. "
         f"{about['dtype']}, {about['threads']} threads, {about['memory_gigabytes_per_second']:.0f} GB/s of memory, "
-        f"{about['prompts']} prompts, at most {about['new_tokens']} new tokens, torch {about['torch']}, transformers "
+        f"{about['prompts']} prompts, at most {tokens} new tokens, torch {about['torch']}, transformers "
         f"{about['transformers']}. Load before the start: {about['load_before']:.2f}.",
     ]
     if "looping" in document:
@@ -38,7 +39,7 @@ def render(document: dict[str, Any]) -> str:
             "",
             f"{about['looping_prompts']} prompts whose answer loops, apart:",
             "",
-            *_table(document["looping"]),
+            *table(document["looping"]),
         ]
     for row in document.get("agreement", []):
         lines += [
@@ -51,7 +52,8 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of results."""
     lines = ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         cells = [form.format("" if row[key] is None else row[key]) for _, key, form in COLUMNS]

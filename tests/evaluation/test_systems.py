@@ -100,3 +100,9 @@ def test_an_expert_alone_does_not_depend_on_the_router(sources: Sources) -> None
     other.router["adapter_digest"] = "another"
     assert find("expert:math", sources).identity(other, None) == before
     assert find("fixed:math", sources).identity(other, None) != find("fixed:math", sources).identity(config, None)
+
+
+def test_only_systems_with_routes_report_them(sources: Sources) -> None:
+    names = ("fusionroute", "query-level", "router", "uniform", "expert:math")
+    routed = [name for name in names if find(name, sources).routed]
+    assert routed == ["fusionroute", "query-level"]

@@ -110,7 +110,7 @@ def find(name: str, sources: Sources) -> System:
         "uniform": {"routing": "uniform", "alpha": 0.0},
     }
     if name in policies:
-        return System(name, sources.collection, policies[name], routed="expert" not in policies[name])
+        return System(name, sources.collection, policies[name], routed=name not in ("router", "uniform"))
     if name in ("sft-only", "no-complement"):
         if sources.sft is None:
             raise UsageError(f"{name} needs the collection after phase 1: give --sft")

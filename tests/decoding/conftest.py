@@ -1,12 +1,13 @@
 """What the reference model writes, token by token, for a pool of prompts and ways of sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from fusionroute import FusionRouteForCausalLM
+from fusionroute.decoding.pace import Acceptance
 from fusionroute.decoding.rows import ALL
 from fusionroute.decoding.sampling import Sampling, draw
 
@@ -80,3 +81,11 @@ def reference(collection: Callable[[str], FusionRouteForCausalLM]) -> Callable[[
         return known[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def always_drafting() -> Iterator[None]:
+    """Draft as much as may be at every step, whatever it costs: what pays on tiny models would be left to chance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Acceptance, "count", lambda self, price: self.longest)
+        yield

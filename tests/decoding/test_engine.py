@@ -18,6 +18,8 @@ from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("always_drafting")
+
 
 class Oracle:
     """Drafts what it was told to, right or wrong: acceptances of every length."""

@@ -122,12 +122,18 @@ class Bench:
         return good, [p for p, mark in zip(prompts, marks, strict=True) if mark]
 
     def measure(
-        self, batch: int, prompts: Sequence[Sequence[int]], new: int, rounds: int, note: Callable[[str], None]
+        self,
+        batch: int,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        rounds: int,
+        note: Callable[[str], None],
+        least: int = 3,
     ) -> list[dict[str, Any]]:
-        """Every variant on the same prompts in a round, on others in the next; `batch` at a time, at least three."""
+        """Every variant on the same prompts in a round, on others in the next; `batch` at a time, at least `least`."""
         variants = self.variants()
         turns: dict[tuple[str, str | None], list[Turn]] = {variant: [] for variant in variants}
-        count = max(batch, min(3, len(prompts)))
+        count = max(batch, min(least, len(prompts)))
         started = time.perf_counter()
         for number in range(rounds):
             mine = [prompts[(number * count + i) % len(prompts)] for i in range(count)]
@@ -214,9 +220,11 @@ def decode(
 
     load = os.getloadavg()[0]
     bench, rounds = Bench(model, tokenizer), 2 if quick else 5
-    # Batches take as long per token as there are rows, so theirs are shorter.
-    tokens = 32 if quick else 64
-    plan = {batch: tokens if batch == 1 else tokens // 2 for batch in batches or ((1,) if quick else (1, 8, 16))}
+    # A batch takes as long per token as it has rows, so its answers are shorter.
+    tokens = 24 if quick else 128
+    plan = {
+        batch: tokens if batch == 1 else max(tokens // 4, 16) for batch in batches or ((1,) if quick else (1, 8, 16))
+    }
     good: list[list[int]] = bench.prompts()
     looping: list[list[int]] = []
     if not quick:
@@ -224,7 +232,7 @@ def decode(
         good, looping = bench.split(tokens)
     results = []
     for batch, new in plan.items():
-        rows = bench.measure(batch, good or looping, new, rounds, note)
+        rows = bench.measure(batch, good or looping, new, rounds, note, least=2 if quick else 3)
         note("\n".join(table(rows)))
         results += rows
     document: dict[str, Any] = {

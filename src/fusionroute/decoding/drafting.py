@@ -4,7 +4,17 @@ A drafter makes one `Draft` per row, which follows the row's tokens and proposes
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fusionroute.decoding.members import Job
+from fusionroute.decoding.sampling import draw
+
+if TYPE_CHECKING:
+    from fusionroute.decoding.members import Members
+    from fusionroute.decoding.rows import Row
 
 
 class Draft(Protocol):
@@ -64,6 +74,32 @@ class _Lookup:
 
 
 class RouterDraft:
-    """The router itself drafts, token by token; the engine runs it, so that nothing it sees is run twice."""
+    """The router itself drafts, token by token; what it has seen of a draft it need not see again to route it."""
 
     name = "router"
+
+    def propose(
+        self, members: "Members", rows: Sequence["Row"], counts: Sequence[int]
+    ) -> list[tuple[list[int], list[Tensor]]]:
+        """Tokens that the router alone would write, drawn with each row's own noise, and the hidden states `[1, d]`
+        that it had on the way: at most `counts` of each row."""
+        made: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in rows]
+        left = list(counts)
+        for step in range(max(counts, default=0)):
+            going = [i for i, row in enumerate(rows) if row.routed and step < left[i]]
+            if not going:
+                break
+            hidden = members.run([Job(0, rows[i].number, rows[i].ids + made[i][0], 1) for i in going])
+            logits = members.logits([(0, torch.cat(hidden))])[0]
+            for place, i in enumerate(going):
+                row, (drafts, held) = rows[i], made[i]
+                held.append(hidden[place])
+                # Eq. 1 with the router in the expert's place: the same arg-max, and about as sharp.
+                guess = logits[place].float() * (1 + row.alpha)
+                ids = row.ids + drafts
+                try:
+                    token = draw(guess, row.request.sampling, ids=ids, new=row.new + step, ends=row.ends)
+                except Exception:  # of the row's mask, and perhaps on a path that the row does not take
+                    token, left[i] = int(guess.argmax()), 0
+                drafts.append(token)
+        return made

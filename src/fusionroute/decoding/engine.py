@@ -19,7 +19,7 @@ from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
-from fusionroute.decoding.pace import CostModel, FastestMode
+from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
 from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
@@ -77,7 +77,9 @@ class Engine:
             ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
         )
         self.beside = beside
-        self.cost, self.draft_cost = CostModel(), CostModel()  # of a step, of a token that the router drafts
+        self.costs = {name: CostModel() for name in self.modes.modes}  # of a step
+        self.draft_cost = CostModel()  # of a token that the router drafts
+        self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._numbers = 0
@@ -186,11 +188,10 @@ class Engine:
         if not self.active:
             return []
         visits = self.members.visits
-        drafts = self._drafts()
+        mode = self.modes.current()
+        drafts = self._drafts(mode)
         blocks = [row.pending or Block(row, *drafted) for row, drafted in zip(self.active, drafts, strict=True)]
         started = time.perf_counter()
-        before = sum(self.members.tokens)
-        mode = self.modes.current()
         undone = blocks
         while undone:
             self._run(undone, mode)
@@ -205,21 +206,21 @@ class Engine:
                 self._settle(block)
         if self.members.visits == visits:  # a prefill says nothing of what a step costs
             seconds = time.perf_counter() - started
-            self.cost.add(sum(self.members.tokens) - before, seconds)
+            self.costs[mode].add(sum(block.count for block in blocks), seconds)
             self.modes.add(mode, sum(len(block.event.tokens) for block in blocks if block.done), seconds)
         return [block.event if block.done else Event(block.row.number, [], []) for block in blocks]
 
-    def _drafts(self) -> list[tuple[list[int], list[Tensor]]]:
+    def _drafts(self, mode: str) -> list[tuple[list[int], list[Tensor]]]:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
         if self.drafter is None:
             return [([], []) for _ in self.active]
-        price = (self.cost.relative_slope + self.draft_cost.mean / max(self.cost.mean, 1e-9)) * len(self.active)
+        price = self.costs[mode].price(len(self.active), self.draft_cost.mean)
         counts = [
             0 if row.pending else min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active
         ]
         if isinstance(self.drafter, RouterDraft):
             started, visits = time.perf_counter(), self.members.visits
-            made = self._router_drafts(counts)
+            made = self.drafter.propose(self.members, self.active, counts)
             count = sum(len(drafts) for drafts, _ in made)
             if count and self.members.visits == visits:
                 self.draft_cost.add(1, (time.perf_counter() - started) / count)
@@ -228,29 +229,6 @@ class Engine:
             (row.draft.propose(count) if row.draft is not None and count > 0 else [], [])
             for row, count in zip(self.active, counts, strict=True)
         ]
-
-    def _router_drafts(self, counts: list[int]) -> list[tuple[list[int], list[Tensor]]]:
-        """Tokens that the router alone would write, drawn with the row's own noise."""
-        made: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.active]
-        for step in range(max(counts, default=0)):
-            rows = [i for i, row in enumerate(self.active) if row.routed and step < counts[i]]
-            if not rows:
-                break
-            jobs = [Job(0, self.active[i].number, self.active[i].ids + made[i][0], 1) for i in rows]
-            hidden = self.members.run(jobs)
-            logits = self.members.logits([(0, torch.cat(hidden))])[0]
-            for place, i in enumerate(rows):
-                row, (drafts, held) = self.active[i], made[i]
-                held.append(hidden[place])
-                # Eq. 1 with the router in the expert's place: the same arg-max, and about as sharp.
-                guess = logits[place].float() * (1 + row.alpha)
-                ids = row.ids + drafts
-                try:
-                    token = draw(guess, row.request.sampling, ids=ids, new=row.new + step, ends=row.ends)
-                except Exception:  # of the row's mask, and perhaps on a path that the row does not take
-                    token, counts[i] = int(guess.argmax()), 0
-                drafts.append(token)
-        return made
 
     def _run(self, blocks: Sequence[Block], mode: str) -> None:
         """One pass: the router over the blocks that it has not seen, with experts that are likely to be chosen; of the
@@ -398,7 +376,8 @@ class Engine:
             self._retire(row)
             return
         if block.drafts:
-            row.acceptance.add(block.kept, len(block.drafts))
+            for acceptance in (row.acceptance, self.acceptance):
+                acceptance.add(block.kept, len(block.drafts))
             self.members.rewind(row.number, len(row.ids) - 1)
         if row.draft is not None:
             row.draft.extend(tokens)

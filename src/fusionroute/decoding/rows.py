@@ -110,7 +110,7 @@ class Row:
         self.last_route = self.expert
         self.text = None if engine.tokenizer is None else TextPieces(engine.tokenizer, request.stop)
         self.draft: Draft | None = None
-        self.acceptance = Acceptance(engine.draft_length)
+        self.acceptance = Acceptance(engine.draft_length, engine.acceptance)
         self.pending: Block | None = None  # begun in the last step, and still without the chosen expert
 
     @property

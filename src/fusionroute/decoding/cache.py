@@ -54,6 +54,12 @@ class KVCache:
         if len(self.free) == self.slots:
             self._resize(0, 0)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` tokens of one slot into another."""
+        for tensors in (self.keys, self.values):
+            for layer in tensors:
+                layer[target, :, :length] = layer[source, :, :length]
+
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in every slot."""
         if length > self.capacity:

@@ -7,6 +7,7 @@ rejected drafts only lower watermarks. Knows no route, no sampling and no text.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import psutil
@@ -43,6 +44,7 @@ class Pool(Protocol):
     def run(self, jobs: Sequence[Job]) -> list[Tensor]: ...
     def seen(self, member: int, row: int) -> int: ...
     def rewind(self, row: int, length: int) -> None: ...
+    def fork(self, member: int, row: int, copy: int) -> None: ...
     def release(self, row: int) -> None: ...
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int: ...
     @property
@@ -101,6 +103,11 @@ class PackedPool:
             if self.marks.get((member, row), 0) > length:
                 self.marks[member, row] = length
 
+    def fork(self, member: int, row: int, copy: int) -> None:
+        if seen := self.seen(member, row):
+            self.slots[member, copy], self.marks[member, copy] = self.cache.acquire(), seen
+            self.cache.copy(self.slots[member, row], self.slots[member, copy], seen)
+
     def release(self, row: int) -> None:
         for member in self.lanes:
             self.marks.pop((member, row), None)
@@ -158,6 +165,10 @@ class PlainPool:
         if self.marks.get(row, 0) > length:
             self.caches[row].crop(length - self.marks[row])
             self.marks[row] = length
+
+    def fork(self, member: int, row: int, copy: int) -> None:
+        if row in self.caches:
+            self.caches[copy], self.marks[copy] = deepcopy(self.caches[row]), self.marks[row]
 
     def release(self, row: int) -> None:
         self.caches.pop(row, None)
@@ -235,6 +246,10 @@ class Members:
         """Forget what any member has seen of the row beyond its first `length` tokens."""
         for pool in self.pools:
             pool.rewind(row, length)
+
+    def fork(self, member: int, row: int, copy: int) -> None:
+        """Let row `copy` begin as `row` is: what the member has seen of this, it need not see again in that."""
+        self.of[member].fork(member, row, copy)
 
     def release(self, row: int) -> None:
         for pool in self.pools:

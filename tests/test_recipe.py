@@ -50,7 +50,7 @@ def test_no_held_out_row_is_trained_on(path: Path) -> None:
     loaded = recipe.load_recipe(path)
     trained = [s for e in loaded.experts for s in e.data] + loaded.sft.data + (loaded.cdpo.data if loaded.cdpo else [])
     for held in loaded.heldout:
-        for spec in trained:
+        for spec in trained + [s for reward in loaded.rewards for s in reward.data]:
             if (spec.path, spec.format) == (held.path, held.format):
                 assert spec.shuffle_seed == held.shuffle_seed
                 stop = held.stop if held.stop is not None else 10**9
@@ -127,7 +127,106 @@ def test_a_change_runs_again_only_what_depends_on_it(
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     recipe.execute(tmp_path / "r.yaml", finished, None, tiny=True)
     started = [line for line in capsys.readouterr().err.splitlines() if line.endswith("started")]
-    assert started == ["cdpo: started", "collection: started", "heldout: started"]
+    stages = ("cdpo", "collection", "finetuned", "collection/baselines", "heldout")
+    assert started == [f"{stage}: started" for stage in stages]
+
+
+def test_a_reward_model_that_changes_touches_nothing_else(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    recipe.execute(SMOLLM2, finished, None, tiny=True)  # whatever other tests have left
+    capsys.readouterr()
+    data["rewards"][1]["training"] = {**data["rewards"][1]["training"], "seed": 5}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    recipe.execute(tmp_path / "r.yaml", finished, None, tiny=True)
+    started = [line for line in capsys.readouterr().err.splitlines() if line.endswith("started")]
+    assert started == ["rewards/judge: started", "collection/baselines: started"]
+
+
+# ---- what stands beside the collection
+
+
+def test_the_baselines_lie_in_the_collection(finished: Path) -> None:
+    folder = finished / "collection" / "baselines"
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "provenance.json"}
+    assert {path.name: {file.name for file in path.iterdir()} for path in folder.iterdir()} == {
+        "sft": adapter | {"route_head.safetensors"},
+        "finetuned": adapter,
+        "reward": adapter | {"reward.json"},
+        "judge": adapter | {"reward.json"},
+    }
+    assert weights.digest(folder / "sft") == weights.digest(finished / "collection-sft" / "router")
+    assert weights.digest(folder / "judge") == weights.digest(finished / "rewards" / "judge")
+    assert [path for path in folder.rglob("*.json") if str(finished) in path.read_text()] == []
+
+
+def test_a_reward_model_tells_how_good_it_is_on_what(finished: Path) -> None:
+    for name in ("selection", "judge"):
+        found = json.loads((finished / "rewards" / name / "reward.json").read_text())
+        assert found["n"] == sum(part["n"] for part in found["sources"]) == 12
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+        assert found["domains"]["general"]["n"] == 12
+        assert {spec["path"] for spec in found["trained_on"]} == {"reward-pairs.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (("selection.data", "judge.data"), r"data of reward model selection and data of reward model judge share 6"),
+        (("selection.data", "judge.heldout"), r"data of reward model selection and heldout of reward model judge"),
+        (("cdpo", "judge.data"), r"cdpo\.data and data of reward model judge share"),
+        (("cdpo", "selection.heldout"), r"cdpo\.data and heldout of reward model selection share"),
+    ],
+)
+def test_a_pair_in_two_places_is_refused_before_anything_runs(
+    places: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    assert small.cdpo is not None
+    lists = {"cdpo": small.cdpo.data} | {
+        f"{reward.name}.{kind}": getattr(reward, kind) for reward in small.rewards for kind in ("data", "heldout")
+    }
+    lists[places[1]][0] = lists[places[0]][0]
+    with pytest.raises(UsageError, match=message):
+        recipe.Run(small, tmp_path / "run", folder).run()
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_pair_turned_around_is_the_same_pair(tmp_path: Path) -> None:
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "reward-pairs.jsonl").read_text().splitlines()]
+    first, other = small.rewards[0].data[0], small.rewards[1].data[0]
+    rows[other.start] = rows[first.start] | {
+        "chosen": rows[first.start]["rejected"], "rejected": rows[first.start]["chosen"]
+    }  # fmt: skip
+    (folder / "reward-pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=r"share 1 pairs, such as 'What is 1\d\d \+ 7\?'"):
+        recipe.Run(small, tmp_path / "run", folder).run()
+
+
+def test_held_out_pairs_may_be_held_out_twice(tmp_path: Path) -> None:
+    from fusionroute.recipe_baselines import check_baselines
+
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    small.rewards[1].heldout = small.rewards[0].heldout
+    check_baselines(recipe.Run(small, tmp_path / "run", folder))
+
+
+def test_a_baseline_without_the_routers_lora_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    small.router.lora = None
+    with pytest.raises(UsageError, match=r"set router\.lora"):
+        recipe.Run(small, tmp_path / "run", folder).run()
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_two_reward_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    data["rewards"] = [data["rewards"][0]] * 2
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UsageError, match=r"r\.yaml: rewards: .*one of each name, not selection, selection"):
+        recipe.load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.slow

@@ -8,6 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
+from fusionroute import cli_evaluation
+from fusionroute.cli_options import (
+    Alpha,
+    Base,
+    Collection,
+    Data,
+    Dtype,
+    Expert,
+    Json,
+    MinP,
+    NewTokens,
+    Penalty,
+    RecipeFile,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+from fusionroute.cli_pairs import pairs
 from fusionroute.errors import FusionRouteError, UsageError
 
 app = typer.Typer(
@@ -19,26 +39,6 @@ app = typer.Typer(
 
 benches = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 app.add_typer(benches, name="bench")
-
-Collection = Annotated[
-    str | None,
-    typer.Option("--collection", "-c", help="Folder, Hub id or packaged name; the default collection if none."),
-]
-Base = Annotated[str | None, typer.Option(help="Use these base weights under the adapters.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Folder that the recipe's data paths start from.")]
-RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe whose rows and settings are used.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Alpha = Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")]
-Expert = Annotated[str | None, typer.Option(help="Always this expert.")]
-NewTokens = Annotated[int, typer.Option(min=1)]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Only the so many likeliest tokens; 0 is all.")]
-TopP = Annotated[float, typer.Option(help="Only the likeliest tokens whose probabilities reach this.")]
-MinP = Annotated[float, typer.Option(help="Only tokens at least so likely, relative to the likeliest.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens that were there count less.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 
 
 @app.command()
@@ -222,111 +222,13 @@ def routing(
     print(json.dumps(result) if as_json else text)
 
 
-@app.command()
-def merge(
-    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
-    collection: Collection = None,
-    method: Annotated[str, typer.Option(help="task-arithmetic, dare or ties.")] = "task-arithmetic",
-    scale: Annotated[float | None, typer.Option(help="λ; the method's paper's if not given.")] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept; the method's paper's if not.")] = None,
-    seed: Annotated[int, typer.Option(help="Of DARE's drops.")] = 0,
-    base: Base = None,
-) -> None:
-    """Merge a collection's experts into one ordinary model."""
-    from fusionroute import collection as collections
-    from fusionroute.baselines.merging import MergeSettings, merge_collection
-
-    given = {"scale": scale, "density": density}
-    settings = MergeSettings.of(
-        method, seed=seed, **{name: value for name, value in given.items() if value is not None}
-    )
-    merge_collection(collections.locate(collection), settings, out, base=base)
-    print(f"{out}: an ordinary model, {settings}")
-
-
-@app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="Results folder; what is in it is not computed again.")] = Path(
-        "evaluation"
-    ),
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="Benchmarks, by commas; all if none.")] = None,
-    system: Annotated[list[str] | None, typer.Option("--system", help="Systems, by commas; all if none.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each benchmark.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Folder with the benchmarks; else the Hub.")] = None,
-    collection: Collection = None,
-    sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,
-    finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model: SOURCE or SOURCE+ADAPTER.")] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="The reward model of sequence-selection: SOURCE or SOURCE+ADAPTER.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 32,
-    dtype: Dtype = None,
-    base: Base = None,
-    unsafe_code_execution: Annotated[
-        bool, typer.Option("--unsafe-code-execution", help="Run model-written code even where nothing isolates it.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Every system on every benchmark, resumable; prints the report. Exit code 3 if an item has no score."""
-    from fusionroute import collection as collections
-    from fusionroute.evaluation.evaluate import TASKS, Evaluation
-    from fusionroute.evaluation.evaluate import evaluate as run_evaluation
-
-    names = [name for entry in tasks or ["all"] for name in entry.split(",") if name]
-    wanted = Evaluation(
-        collection=collections.locate(collection),
-        out=out,
-        tasks=list(dict.fromkeys(n for name in names for n in (TASKS if name == "all" else [name]))),
-        systems=system or ["all"],
-        data=data,
-        limit=limit,
-        dtype=dtype,
-        base=base,
-        batch=batch,
-        sft=sft,
-        finetuned=finetuned,
-        reward=reward,
-        unsafe=unsafe_code_execution,
-    )
-    run_evaluation(wanted)
-    _report(out, as_json)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="Results folder of an evaluation.")] = Path("evaluation"),
-    html: Annotated[Path | None, typer.Option(help="Also write one page with plots and coloured answers.")] = None,
-    as_json: Json = False,
-) -> None:
-    """The table of an evaluation: accuracies, differences to FusionRoute, costs, routing."""
-    if html is not None:
-        from fusionroute.evaluation import page
-        from fusionroute.evaluation import report as reports
-        from fusionroute.files import staged_file
-
-        text = page.render(reports.read(folder), folder)
-        with staged_file(html) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-    _report(folder, as_json)
-
-
-@app.command(
+app.command()(pairs)
+app.command()(cli_evaluation.merge)
+app.command()(cli_evaluation.evaluate)
+app.command()(cli_evaluation.report)
+app.command(
     name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
-def lm_eval(context: typer.Context) -> None:
-    """lm-eval's own command line with `--model fusionroute`; every argument is handed on."""
-    from fusionroute.evaluation import harness
-
-    harness.main(context.args)
-
-
-def _report(folder: Path, as_json: bool) -> None:
-    from fusionroute.evaluation import report as reports
-
-    found = reports.read(folder)
-    print(reports.as_json(found) if as_json else reports.as_markdown(found))
-    if reports.unscored(found):
-        raise typer.Exit(3)
+)(cli_evaluation.lm_eval)
 
 
 @benches.command()

@@ -197,7 +197,7 @@ def assemble(
                 )
                 _check_base_of(spec, adapter)
                 spec = replace(spec, adapter_digest=weights.digest(adapter))
-                _copy_adapter(adapter, scratch / spec.module, spec)
+                copy_adapter(adapter, scratch / spec.module, spec.source)
                 spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
             elif spec.name in embed:
                 _copy_model(folder, scratch / spec.module)
@@ -278,7 +278,8 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
         (out / "tokenizer.json").write_text(compact, encoding="utf-8")
 
 
-def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:
+def copy_adapter(folder: Path, out: Path, source: str) -> None:
+    """Copy an adapter on `source` without the paths of the machine it was trained on."""
     out.mkdir()
     shutil.copyfile(folder / "adapter_model.safetensors", out / "adapter_model.safetensors")
     if (folder / PROVENANCE).is_file():
@@ -289,8 +290,8 @@ def _copy_adapter(folder: Path, out: Path, spec: MemberSpec) -> None:
         write_json(out / PROVENANCE, provenance | {"base": None if path else base})
     # PEFT wrote the path it trained from, which means nothing elsewhere; a Hub id lets PEFT load it on its own.
     config = read_json(folder / "adapter_config.json")
-    hub = sources.Source.parse(spec.source, relative_to=out).kind == "hub"
-    write_json(out / "adapter_config.json", config | {"base_model_name_or_path": spec.source if hub else None})
+    hub = sources.Source.parse(source, relative_to=out).kind == "hub"
+    write_json(out / "adapter_config.json", config | {"base_model_name_or_path": source if hub else None})
 
 
 def _copy_model(folder: Path, out: Path) -> None:
@@ -333,7 +334,7 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
             embedded = embed or spec.source.startswith("./")
             if spec.adapter is not None:
                 assert member.adapter_folder is not None
-                _copy_adapter(member.adapter_folder, folder, spec)
+                copy_adapter(member.adapter_folder, folder, spec.source)
                 if spec.is_router:
                     save_router_adapter(member, folder)
                     spec = replace(spec, adapter_digest=weights.digest(folder))

@@ -1,8 +1,8 @@
 """A recipe: one YAML file from a base to a finished collection, in stages that resume and are skipped when done.
 
-base → experts → annotation → SFT → reference annotation → CDPO → collection → held-out figures. A stage's folder
-has a note in `stages/` with the hash of all it depends on; the same hash means it is done. `--tiny` runs every stage on
-random models and built-in rows in about a minute.
+base → experts → annotation → SFT → reference annotation → CDPO → collection → baselines and reward models → held-out
+figures. A stage's folder has a note in `stages/` with the hash of all it depends on; the same hash means it is done.
+`--tiny` runs every stage on random models and built-in rows in about a minute.
 """
 
 import hashlib
@@ -14,83 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
-import yaml
-from pydantic import Field
-
 from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_file, write_json
-from fusionroute.training.lora import LoraSettings
+from fusionroute.sections import ExpertSection, PhaseSection, Recipe, load_recipe
 from fusionroute.training.rows import DataSpec, load_counted
-
-
-class _Section(pydantic.BaseModel, extra="forbid"):
-    pass
-
-
-class ExpertSection(_Section):
-    """One expert: with `data` a LoRA trained on the base, without it a model used as it is."""
-
-    name: str
-    description: str = ""
-    source: str | None = None  # None: the recipe's base
-    revision: str | None = None
-    adapter: str | None = None
-    data: list[DataSpec] = []
-    lora: LoraSettings = LoraSettings()
-    training: dict[str, Any] = {}
-
-
-class RouterSection(_Section):
-    """The router: where it starts from, and whether an adapter or every weight trains."""
-
-    source: str | None = None  # None: the recipe's base
-    revision: str | None = None
-    lora: LoraSettings | None = LoraSettings(r=16, alpha=32)
-
-
-class PhaseSection(_Section):
-    """One phase of router training: its rows, and fields of `RouterArguments`."""
-
-    data: list[DataSpec]
-    training: dict[str, Any] = {}
-
-
-class Recipe(_Section):
-    """A whole recipe; every key is commented in `recipes/smollm2.yaml`."""
-
-    name: str = Field(pattern=r"[a-z][a-z0-9._-]*")
-    base: str
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    max_length: int | None = 512
-    alpha: float = 1.0
-    experts: list[ExpertSection] = Field(min_length=1)
-    router: RouterSection = RouterSection()
-    sft: PhaseSection
-    cdpo: PhaseSection | None = None
-    heldout: list[DataSpec] = []
-    benchmarks: list[str] | None = None  # files to keep out of training; None: those known under --data
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe.
-
-    Raises:
-        UsageError: missing, not YAML, or an unknown or impossible key; one line that names it.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing: name a recipe file, such as recipes/smollm2.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    try:
-        return Recipe.model_validate(data)
-    except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
-        raise UsageError(f"{path}: {'; '.join(problems)}") from None
 
 
 class Run:
@@ -166,10 +94,13 @@ class Run:
 
     def run(self) -> Path:
         """Every stage in order; returns the folder of the collection."""
+        from fusionroute.recipe_baselines import check_baselines, run_baselines
+
         recipe = self.recipe
         say(f"base: {recipe.base}")
         base = sources.resolve(recipe.base, revision=recipe.revision)
         digest = weights.digest(base)
+        check_baselines(self)
         experts = [self._expert(section, digest) for section in recipe.experts]
         untrained = self._assemble("collection-untrained", experts, None, {})
         sft = self._phase("sft", untrained, recipe.sft)
@@ -181,6 +112,7 @@ class Run:
             training["cdpo"] = recipe.cdpo.training
         training["data"] = [spec.model_dump(exclude_defaults=True) for spec in self._training_data()]
         collection = self._assemble("collection", experts, final, training)
+        run_baselines(self, collection, sft)
         if recipe.heldout:
             self._heldout(collection)
         return collection
@@ -231,6 +163,7 @@ class Run:
             arguments=arguments,
             run=run,
             dtype=getattr(torch, self.recipe.dtype),
+            revision=self.recipe.revision,
         )
 
     def _assemble(self, name: str, experts: list[Any], phase: Path | None, training: dict[str, Any]) -> Path:

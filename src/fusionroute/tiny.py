@@ -120,6 +120,12 @@ def make_adapter(folder: Path, model: Any, *, seed: int = 0, rank: int = 4, scal
     wrapped.save_pretrained(folder, save_embedding_layers=False)
 
 
+def _pair(a: int, b: int) -> "dict[str, Any]":
+    """A sum as a preference row, right and wrong."""
+    right, wrong = ([{"role": "assistant", "content": f"It is {v}."}] for v in (a + b, a - b))
+    return {"prompt": [{"role": "user", "content": f"What is {a} + {b}?"}], "chosen": right, "rejected": wrong}
+
+
 def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     """The recipe shrunk to random models and a few built-in rows under `folder`: every stage, in about a minute."""
     import json
@@ -142,11 +148,12 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     chat, pairs = [], []
     for index in range(48):
         a, b = generator.randint(1, 99), generator.randint(1, 99)
-        asked = [{"role": "user", "content": f"What is {a} + {b}?"}]
-        right, wrong = ([{"role": "assistant", "content": f"It is {v}."}] for v in (a + b, a - b))
-        chat.append({"messages": asked + right, "index": index})
-        pairs.append({"prompt": asked, "chosen": right, "rejected": wrong})
-    for name, rows in (("chat", chat), ("pairs", pairs)):
+        pair = _pair(a, b)
+        chat.append({"messages": pair["prompt"] + pair["chosen"], "index": index})
+        pairs.append(pair)
+    # Of other questions than the pairs above: a reward model must not have seen what the router was trained on.
+    rewarded = [_pair(100 + index, 7) for index in range(96)]
+    for name, rows in (("chat", chat), ("pairs", pairs), ("reward-pairs", rewarded)):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def shrink(specs: list[Any]) -> list[Any]:
@@ -179,6 +186,17 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     for phase in (small.sft, small.cdpo):
         if phase is not None:
             phase.data, phase.training = shrink(phase.data), {**phase.training, **steps, "bf16": False}
+    if small.finetuned is not None:
+        small.finetuned.training = small.finetuned.dpo = {}
+    # Slices of their own for training and for what is held out.
+    slices = iter(range(0, len(rewarded), 6))
+    for reward in small.rewards:
+        reward.training = {**reward.training, **steps, "bf16": False}
+        for specs in (reward.data, reward.heldout):
+            specs[:] = [
+                DataSpec(format="preference", path="reward-pairs.jsonl", domain=s.domain, start=start, stop=start + 6)
+                for s, start in zip(specs, slices, strict=False)
+            ]
     small.heldout = shrink(small.heldout)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(small.model_dump(mode="json", exclude_unset=True)))
     return small, data

@@ -71,6 +71,19 @@ def test_every_slot_that_is_given_is_there(moves: list[bool]) -> None:
         assert max(taken, default=-1) < cache.slots
 
 
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_a_copy_has_the_first_tokens_of_the_other(length: int) -> None:
+    cache = filled(3, 4)
+    cache.copy(0, 2, length)
+    for layer, shape in enumerate(SHAPES):
+        keys, values = cache.read(layer, slice(2, 3), 4)
+        expected = torch.cat([mark(0, 4, layer, shape)[:length], mark(2, 4, layer, shape)[length:]])
+        assert torch.equal(keys[0].transpose(0, 1), expected)
+        assert torch.equal(values, -keys)
+    assert_holds(cache, 0, 4)
+    assert_holds(cache, 1, 4)
+
+
 @pytest.mark.parametrize("length", [4, 5, 17])
 def test_a_longer_length_keeps_contents(length: int) -> None:
     cache = filled(3, 4)

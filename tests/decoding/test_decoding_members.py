@@ -73,6 +73,30 @@ def test_a_released_row_leaves_nothing(adapters: FusionRouteForCausalLM) -> None
     assert members.seen(0, 3) == 0
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", ["adapters", "gemma2", "plain"])
+def test_a_fork_goes_on_by_itself(
+    shape: str, collection: Callable[[str], FusionRouteForCausalLM], tmp_path: Path
+) -> None:
+    if shape == "plain":  # an architecture that only transformers knows how to run
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        model = make(tmp_path, Qwen3ForCausalLM(Qwen3Config(**SIZES)))
+    else:
+        model = collection(shape)
+    members = Members(model)
+    members.run([Job(1, 0, ROW[:10], 1)])
+    members.fork(1, 0, -7)
+    assert members.seen(1, -7) == 10
+    one, other = [*ROW[:10], 50, 51], [*ROW[:10], 60, 61, 62]
+    found = [*members.run([Job(1, -7, other, 1)]), *members.run([Job(1, 0, one, 1)])]
+    for hidden, ids in zip(found, (other, one), strict=True):
+        assert torch.allclose(hidden, states(members, model, 1, ids)[-1:], atol=1e-4)
+    assert members.tokens[1] == 10 + 2 + 3
+    members.release(-7)
+    assert (members.seen(1, -7), members.seen(1, 0)) == (0, 12)
+
+
 def make(root: Path, model: Any) -> FusionRouteForCausalLM:
     """A collection of a Llama router, `model` as expert math and a Llama as expert code."""
     tokenizer = tiny.make_tokenizer(root / "tokenizer")

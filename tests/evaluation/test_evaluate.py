@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fusionroute.baselines.collab import CollabSettings
 from fusionroute.collection import read_config
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import page, report
 from fusionroute.evaluation.evaluate import TASKS, Evaluation, evaluate
+from fusionroute.evaluation.names import ORACLE
 from fusionroute.evaluation.store import Store
 from fusionroute.evaluation.systems import every_name
 
 DATA = Path(__file__).parent / "fixtures"
+QUICK = CollabSettings(candidates=1, rollout=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,9 @@ def folder(make_collection: Callable[[str], Path]) -> Path:
     return make_collection("adapters")
 
 
-@pytest.fixture(scope="module")
-def reward(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    out, base = tmp_path_factory.mktemp("reward"), read_config(folder).router_spec.source
+def reward_model(folder: Path, out: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    base = read_config(folder).router_spec.source
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.score.weight.data.normal_()
     model.save_pretrained(out)
@@ -42,12 +45,23 @@ def reward(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, reward: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Every system on every benchmark, evaluated."""
     out = tmp_path_factory.mktemp("whole")
+    reward, judge = (
+        reward_model(folder, tmp_path_factory.mktemp(name), seed) for seed, name in enumerate(("reward", "judge"))
+    )
     spec = next(spec for spec in read_config(folder).expert_specs if spec.name == "math")
     wanted = Evaluation(
-        folder, out, data=DATA, limit=1, sft=folder, finetuned=f"{spec.source}+{folder / spec.module}", reward=reward
+        folder,
+        out,
+        data=DATA,
+        limit=1,
+        sft=folder,
+        finetuned=f"{spec.source}+{folder / spec.module}",
+        reward=reward,
+        judge=judge,
+        collab=QUICK,
     )
     evaluate(wanted)
     return wanted
@@ -64,11 +78,13 @@ def answers_in(out: Path) -> dict[str, str]:
 
 def test_every_system_has_a_figure_on_every_benchmark(whole: Evaluation) -> None:
     found = report.read(whole.out)
-    assert set(found["systems"]) == {*every_name(read_config(whole.collection)), report.ORACLE}
+    assert set(found["systems"]) == {*every_name(read_config(whole.collection)), ORACLE}
     assert found["not_run"] == {}
-    for entry in found["systems"].values():
-        assert set(entry["benchmarks"]) == set(TASKS)
+    for name, entry in found["systems"].items():
+        assert set(entry["benchmarks"]) == set(TASKS) - {"general"}
         assert all(figures["n"] == 1 for figures in entry["benchmarks"].values())
+        if name not in (ORACLE, "finetuned"):
+            assert (entry["win_rate"]["against"], entry["win_rate"]["n"]) == ("finetuned", 1)
 
 
 def test_the_report_is_the_documented_json(whole: Evaluation) -> None:
@@ -101,7 +117,7 @@ def test_selection_costs_what_the_experts_cost(whole: Evaluation) -> None:
 def test_the_oracle_is_no_worse_than_any_expert(whole: Evaluation) -> None:
     systems = report.read(whole.out)["systems"]
     best = max(systems[f"expert:{name}"]["average"]["accuracy"] for name in read_config(whole.collection).expert_names)
-    assert systems[report.ORACLE]["average"]["accuracy"] >= best
+    assert systems[ORACLE]["average"]["accuracy"] >= best
 
 
 def test_markdown_has_a_row_for_each_system(whole: Evaluation) -> None:
@@ -118,7 +134,10 @@ def test_the_page_needs_nothing_else(whole: Evaluation) -> None:
 
 
 def test_a_second_run_computes_nothing(whole: Evaluation) -> None:
-    before = {name: (whole.out / name).read_bytes() for name in ("answers.jsonl", "scores.jsonl", "plan.json")}
+    before = {
+        name: (whole.out / name).read_bytes()
+        for name in ("answers.jsonl", "scores.jsonl", "verdicts.jsonl", "plan.json")
+    }
     evaluate(whole)
     assert {name: (whole.out / name).read_bytes() for name in before} == before
 
@@ -203,14 +222,47 @@ def test_an_answer_that_cannot_be_kept_is_told_and_the_run_goes_on(
 def test_what_cannot_be_run_is_said_when_all_is_asked_for(folder: Path, tmp_path: Path) -> None:
     evaluate(small(folder, tmp_path, systems=["all"], limit=1))
     missing = report.read(tmp_path)["not_run"]
-    assert set(missing) == {"sft-only", "no-complement", "sequence-selection", "finetuned"}
+    assert set(missing) == {"sft-only", "no-complement", "sequence-selection", "collab", "finetuned"}
     assert "--sft" in missing["sft-only"]
     assert "Not run: finetuned" in report.as_markdown(report.read(tmp_path))
 
 
-def test_what_cannot_be_run_is_refused_when_it_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--reward"):
-        evaluate(small(folder, tmp_path, systems=["sequence-selection"]))
+@pytest.mark.parametrize("system", ["sequence-selection", "collab"])
+def test_what_cannot_be_run_is_refused_when_it_is_named(system: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{system} needs a reward model: give --reward"):
+        evaluate(small(folder, tmp_path, systems=[system]))
+
+
+@pytest.fixture(scope="module")
+def with_collab(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """Two items, of which Collab answers one."""
+    reward = reward_model(folder, tmp_path_factory.mktemp("reward"), 0)
+    out = tmp_path_factory.mktemp("collab")
+    wanted = small(folder, out, systems=["fusionroute", "collab"], reward=reward, limit=2, collab=QUICK, collab_limit=1)
+    evaluate(wanted)
+    return wanted
+
+
+def test_collab_answers_its_own_number_of_items(with_collab: Evaluation) -> None:
+    found = report.read(with_collab.out)
+    systems = found["systems"]
+    assert [systems[name]["average"]["n"] for name in ("fusionroute", "collab")] == [2, 1]
+    assert systems["collab"]["difference"]["n"] == 1
+    assert found["settings"]["collab"]["limit"] == 1
+    assert "the first 1 items" in report.as_markdown(found)
+
+
+def test_what_collab_costs_is_told_beside_what_fusionroute_costs(with_collab: Evaluation) -> None:
+    found = report.read(with_collab.out)
+    cost = found["settings"]["collab"]["cost"]
+    assert cost["passes"] > 1
+    assert "times the passes" in report.as_markdown(found)
+
+
+def test_collab_with_other_knobs_is_another_system(with_collab: Evaluation) -> None:
+    before = answers_in(with_collab.out)
+    evaluate(replace(with_collab, collab=CollabSettings(candidates=1, rollout=2)))
+    assert len(answers_in(with_collab.out)) == len(before) + 1
 
 
 def test_a_folder_without_an_evaluation_has_no_report(run: Callable, tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusionroute import FusionRouteForCausalLM
-from fusionroute.collection import read_config
+from fusionroute.baselines.carried import carry
+from fusionroute.collection import assemble, read_config
+from fusionroute.configuration import MemberSpec
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.rows import Request
 from fusionroute.errors import UsageError
 from fusionroute.evaluation.systems import Sources, every_name, find, parse
+from fusionroute.router import RouteHead
 
 PROMPT = [1, 40, 41, 42, 43]
 
@@ -74,6 +80,60 @@ def test_a_fine_tuned_adapter_runs_as_one_model(sources: Sources, folder: Path, 
     model = f"{spec.source}+{folder / spec.module}"
     system = find("finetuned", Sources(folder, tmp_path / "work", finetuned=model))
     assert written(system.folder, **system.policy) == written(folder, expert="math", alpha=0.0)
+
+
+@pytest.fixture
+def carrying(make_collection: Callable[[str], Path], tmp_path: Path) -> Sources:
+    """A collection that carries, as router after phase 1, its expert's adapter, and another as the fine-tuned model."""
+    folder = tmp_path / "collection"
+    shutil.copytree(make_collection("adapters"), folder)
+    head = RouteHead.load(folder / "router", ["math", "code"], read_config(folder).hidden_size)
+    head.weight.data = -head.weight.data
+    head.save(tmp_path)
+    adapters = {"sft": folder / "expert_math", "finetuned": folder / "expert_code"}
+    carry(folder, adapters, read_config(folder).router_spec.source, tmp_path / "route_head.safetensors")
+    return Sources(folder, tmp_path / "work")
+
+
+def test_the_carried_router_after_phase_one_stands_among_the_experts(carrying: Sources, tmp_path: Path) -> None:
+    spec = read_config(carrying.collection).router_spec
+    router = MemberSpec("router", spec.source, adapter=str(carrying.collection / "expert_math"))
+    experts = read_config(carrying.collection).expert_specs
+    assemble(tmp_path / "by_hand", router, experts, head=tmp_path, relative_to=carrying.collection)
+    system = find("sft-only", carrying)
+    assert written(system.folder, **system.policy) == written(tmp_path / "by_hand")
+    assert written(system.folder) != written(carrying.collection)
+    assert find("no-complement", carrying).folder == system.folder
+    by_hand = find("sft-only", Sources(carrying.collection, tmp_path / "other", sft=tmp_path / "by_hand"))
+    assert system.identity(read_config(system.folder), None) == by_hand.identity(read_config(by_hand.folder), None)
+
+
+def test_the_carried_fine_tuned_model_runs_alone(carrying: Sources) -> None:
+    system = find("finetuned", carrying)
+    assert written(system.folder, **system.policy) == written(carrying.collection, expert="code", alpha=0.0)
+    assert find("finetuned", carrying) == system
+
+
+def test_what_is_given_wins_over_what_is_carried(carrying: Sources, folder: Path) -> None:
+    model = f"{read_config(folder).router_spec.source}+{folder / 'expert_math'}"
+    given = replace(carrying, sft=folder, finetuned=model)
+    assert find("sft-only", given).folder == folder
+    system = find("finetuned", given)
+    assert written(system.folder, **system.policy) == written(folder, expert="math", alpha=0.0)
+
+
+@pytest.mark.parametrize("name", ["sft-only", "finetuned"])
+def test_what_is_carried_runs_on_another_base(name: str, carrying: Sources, tmp_path: Path) -> None:
+    other, base = tmp_path / "other", Path(read_config(carrying.collection).router_spec.source)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data += 0.5
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    system = find(name, replace(carrying, base=str(other)))
+    with pytest.warns(UserWarning, match="was trained on"):
+        FusionRouteForCausalLM.from_pretrained(system.folder, base=str(other))
+    config = read_config(system.folder)
+    assert system.identity(config, str(other))["weights"]
 
 
 def test_identities_tell_policies_and_weights_apart(sources: Sources, make_collection: Callable[[str], Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.training import rows as module
+from fusionroute.training import formats
 from fusionroute.training.rows import DataSpec, load_counted, load_many, load_rows, parse_spec
 
 
@@ -209,7 +209,7 @@ OTHER = ["", "42", "average", "[1]", "ls -lS", "Output: 'NaN'", "int x = 1;", "I
 
 @pytest.mark.parametrize(("text", "expected"), [(text, True) for text in PYTHON] + [(text, False) for text in OTHER])
 def test_python_is_told_from_other_text(text: str, expected: bool) -> None:
-    assert module.is_python(text) is expected
+    assert formats.is_python(text) is expected
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_python_is_told_from_other_text(text: str, expected: bool) -> None:
     ],
 )
 def test_the_language_asked_for(instruction: str, expected: bool) -> None:
-    assert module.asks_for_another_language(instruction) is expected
+    assert formats.asks_for_another_language(instruction) is expected
 
 
 # Files, slices and errors

@@ -19,7 +19,7 @@ from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
-from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
+from fusionroute.decoding.pace import Acceptance, Average, CostModel, FastestMode
 from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
@@ -78,7 +78,7 @@ class Engine:
         )
         self.beside = beside
         self.costs = {name: CostModel() for name in self.modes.modes}  # of a step
-        self.draft_cost = CostModel()  # of a token that the router drafts
+        self.draft_cost = Average()  # of a token that the router drafts
         self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
@@ -206,7 +206,7 @@ class Engine:
                 self._settle(block)
         if self.members.visits == visits:  # a prefill says nothing of what a step costs
             seconds = time.perf_counter() - started
-            self.costs[mode].add(sum(block.count for block in blocks), seconds)
+            self.costs[mode].add(len(blocks), sum(len(block.drafts) for block in blocks), seconds)
             self.modes.add(mode, sum(len(block.event.tokens) for block in blocks if block.done), seconds)
         return [block.event if block.done else Event(block.row.number, [], []) for block in blocks]
 
@@ -223,7 +223,7 @@ class Engine:
             made = self.drafter.propose(self.members, self.active, counts)
             count = sum(len(drafts) for drafts, _ in made)
             if count and self.members.visits == visits:
-                self.draft_cost.add(1, (time.perf_counter() - started) / count)
+                self.draft_cost.add((time.perf_counter() - started) / count)
             return made
         return [
             (row.draft.propose(count) if row.draft is not None and count > 0 else [], [])

@@ -5,54 +5,64 @@ Both choices change speed alone, never a token.
 
 from collections.abc import Sequence
 
+import numpy as np
+
+
+class Average:
+    """A mean of recent values, 0 before the first.
+
+    Args:
+        decay: weight of a value after one more.
+    """
+
+    def __init__(self, decay: float = 0.98) -> None:
+        self.decay = decay
+        self.weight = self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.weight = self.weight * self.decay + 1
+        self.sum = self.sum * self.decay + value
+
+    @property
+    def mean(self) -> float:
+        return self.sum / self.weight if self.weight else 0.0
+
 
 class CostModel:
-    """Seconds of a step as `base + slope · positions`, by least squares over recent steps.
+    """Seconds of a step as `base + row · rows + draft · drafted tokens`, by least squares over recent steps.
 
-    A position is one that a step decides for one row: one without a draft, one more for each drafted token.
+    Drafted tokens are apart from rows because they make a pass ragged, which costs something of its own.
 
     Args:
         decay: weight of a step after one more.
-        guess: `slope`, as a share of a step, until steps of different sizes were seen.
+        guess: of a row or a drafted token, as a share of a step; counts as `trust` steps that differ by one of them.
     """
 
-    def __init__(self, decay: float = 0.99, guess: float = 0.05) -> None:
-        self.decay, self.guess = decay, guess
-        self.weight = self.x = self.y = self.xx = self.xy = 0.0
+    def __init__(self, decay: float = 0.99, guess: float = 0.05, trust: float = 4.0) -> None:
+        self.decay, self.guess, self.trust = decay, guess, trust
+        self.squares, self.products = np.zeros((3, 3)), np.zeros(3)
 
-    def add(self, positions: int, seconds: float) -> None:
-        for name, value in (
-            ("weight", 1.0),
-            ("x", positions),
-            ("y", seconds),
-            ("xx", positions**2),
-            ("xy", positions * seconds),
-        ):
-            setattr(self, name, getattr(self, name) * self.decay + value)
+    def add(self, rows: int, drafted: int, seconds: float) -> None:
+        step = np.array([1.0, rows, drafted])
+        self.squares = self.squares * self.decay + np.outer(step, step)
+        self.products = self.products * self.decay + step * seconds
 
     @property
     def mean(self) -> float:
         """Seconds of a step; 0 before the first."""
-        return self.y / self.weight if self.weight else 0.0
-
-    @property
-    def slope(self) -> float:
-        """Seconds of one more position; 0 before the first step."""
-        spread = self.weight * self.xx - self.x**2
-        if spread <= 0.05 * self.weight**2:
-            return self.guess * self.mean
-        return max((self.weight * self.xy - self.x * self.y) / spread, 0.0)
+        return float(self.products[0] / self.squares[0, 0]) if self.squares[0, 0] else 0.0
 
     def price(self, rows: int, drafting: float = 0.0) -> float:
         """What a drafted token for each of `rows` costs, in steps without drafts; `drafting` is seconds a draft token.
 
         `guess` a row before the first step.
         """
-        if not self.weight:
+        if not self.mean:
             return self.guess * rows
-        slope = self.slope
-        alone = max((self.y - slope * self.x) / self.weight, 0.0) + slope * rows
-        return rows * (slope + drafting) / max(alone, 1e-9)
+        ridge = np.diag([0.0, self.trust, self.trust])
+        guessed = self.trust * self.guess * self.mean
+        base, row, draft = np.linalg.solve(self.squares + ridge, self.products + np.array([0, guessed, guessed]))
+        return float(rows * (max(draft, 0.0) + drafting) / max(base + row * rows, 0.1 * self.mean))
 
 
 class Acceptance:
@@ -111,28 +121,33 @@ class Acceptance:
 
 
 class FastestMode:
-    """The mode with the fewest seconds a token: each is tried for some steps, the loser again now and then.
+    """The mode with the fewest seconds a token: each is tried for some steps, and again after longer and longer pauses.
 
     Args:
         trial: steps of a trial.
-        period: steps between trials.
+        pause, longest: steps to the second trials, and between the last ones; each pause is twice the one before. What
+            the first steps of new rows say of a mode is not yet what it is worth.
+        decay: weight of a step after one more of the same mode.
     """
 
-    def __init__(self, modes: Sequence[str], trial: int = 6, period: int = 200, decay: float = 0.95) -> None:
-        self.modes, self.trial, self.period, self.decay = list(modes), trial, period, decay
+    def __init__(
+        self, modes: Sequence[str], trial: int = 6, pause: int = 12, longest: int = 200, decay: float = 0.85
+    ) -> None:
+        self.modes, self.trial, self.pause, self.longest, self.decay = list(modes), trial, pause, longest, decay
         self.seconds = dict.fromkeys(self.modes, 0.0)
         self.tokens = dict.fromkeys(self.modes, 0.0)
-        self.steps = 0
+        self.within = 0  # steps since the trials began
 
     def current(self) -> str:
         if len(self.modes) == 1:
             return self.modes[0]
-        within = self.steps % self.period
-        if within < self.trial * len(self.modes):
-            return self.modes[within // self.trial]
+        if self.within < self.trial * len(self.modes):
+            return self.modes[self.within // self.trial]
         return min(self.modes, key=lambda mode: self.seconds[mode] / max(self.tokens[mode], 1e-9))
 
     def add(self, mode: str, tokens: int, seconds: float) -> None:
-        self.steps += 1
+        self.within += 1
+        if self.within == self.trial * len(self.modes) + self.pause:
+            self.within, self.pause = 0, min(2 * self.pause, self.longest)
         self.seconds[mode] = self.seconds[mode] * self.decay + seconds
         self.tokens[mode] = self.tokens[mode] * self.decay + tokens

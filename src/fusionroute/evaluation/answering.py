@@ -1,13 +1,19 @@
-"""Answers of one system to many prompts, on the engine, with what each of them cost. Knows no task and no file."""
+"""Answers of one system to many prompts, on the engine, with what each of them cost. Knows no task and no result."""
 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from fusionroute import collection as collections
 from fusionroute.decoding.engine import Engine
-from fusionroute.decoding.rows import Request
+from fusionroute.decoding.members import Members
+from fusionroute.decoding.rows import Event, Request
 from fusionroute.errors import UsageError
+
+if TYPE_CHECKING:
+    from fusionroute.modeling import FusionRouteForCausalLM
 
 
 @dataclass
@@ -37,7 +43,42 @@ class Answer:
         return asdict(self)
 
 
-def answer(engine: Engine, wanted: Iterable[tuple[str, Request]], batch: int) -> Iterator[tuple[str, Answer]]:
+def load_model(folder: Path, dtype: str | None, base: str | None) -> "tuple[FusionRouteForCausalLM, Any]":
+    """A collection, and its tokenizer.
+
+    Args:
+        dtype: of the weights; None is as stored.
+        base: replaces the base that adapters stand on, if any does.
+    """
+    from fusionroute.modeling import FusionRouteForCausalLM
+    from fusionroute.training.running import quiet
+
+    with quiet():
+        # What stands on no adapter has no base to replace.
+        base = base if any(spec.adapter for spec in collections.read_config(folder).member_specs) else None
+        model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
+        return model, collections.load_tokenizer(folder)
+
+
+def load_engine(folder: Path, dtype: str | None, base: str | None) -> tuple[Engine, Any]:
+    """The engine of a collection, and its tokenizer; arguments as in `load_model`."""
+    model, tokenizer = load_model(folder, dtype, base)
+    return Engine(model, tokenizer), tokenizer
+
+
+R = TypeVar("R", bound=Request, contravariant=True)
+
+
+class Decoder(Protocol[R]):
+    """An engine, or what works like one."""
+
+    members: Members
+
+    def submit(self, request: R) -> int: ...
+    def step(self) -> list[Event]: ...
+
+
+def answer(engine: Decoder[R], wanted: Iterable[tuple[str, R]], batch: int) -> Iterator[tuple[str, Answer]]:
     """Answer requests, `batch` at a time, and yield each with its key as it ends.
 
     A request that the engine refuses, or whose row fails, is an answer with an `error`.

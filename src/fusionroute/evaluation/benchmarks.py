@@ -321,22 +321,27 @@ def _hub_rows(path: str, split: str, name: str | None = None) -> list[dict[str, 
         raise FusionRouteError(f"{reason}: name the folder of your data with --data DIR") from error
 
 
+def checked(task: str, raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The fields of a raw row as the scores use them, and no defect; or the row as it came, and what it lacks."""
+    try:
+        row = _ROWS[task].model_validate(raw).model_dump()
+        json.dumps(row, ensure_ascii=False).encode()
+    except pydantic.ValidationError as error:
+        return raw, "; ".join(_problem(problem) for problem in error.errors())
+    except UnicodeEncodeError:
+        return raw, "half a character (a lone surrogate)"
+    except (TypeError, ValueError):
+        return raw, "holds what JSON does not know"
+    return row, ""
+
+
 def _doc(task: str, raw: dict[str, Any], unsafe: bool) -> dict[str, Any]:
     """A row as lm-eval sees it. All of one task have the same columns: its table takes no others."""
     kind = _ROWS[task]
-    defect = ""
-    try:
-        row = kind.model_validate(raw).model_dump()
-        json.dumps(row, ensure_ascii=False).encode()
-    except pydantic.ValidationError as error:
-        defect = "; ".join(_problem(problem) for problem in error.errors())
-    except UnicodeEncodeError:
-        defect = "half a character (a lone surrogate)"
-    except (TypeError, ValueError):
-        defect = "holds what JSON does not know"
+    row, defect = checked(task, raw)
     shown = kind.shown if defect else {column: row[column] for column in kind.shown}
     named = raw.get(kind.named_by or "")
-    kept = json.dumps(raw if defect else row, default=str)
+    kept = json.dumps(row, default=str)
     return {
         "id": str(named) if isinstance(named, int | str) else "",
         "task": task,

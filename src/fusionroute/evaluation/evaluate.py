@@ -1,30 +1,37 @@
 """`fusionroute evaluate`: every system on every benchmark, resumable; what is stored is never computed again.
 
-Three files in the results folder: `answers.jsonl` and `scores.jsonl` by key, and `plan.json`, which says what was
-asked: of every system and benchmark the key of each item's score, also of those missing. `report` reads these alone.
+In the results folder `answers.jsonl`, `scores.jsonl`, `verdicts.jsonl` and `forced.jsonl` by key, and `plan.json`,
+which says what was asked: of every system and benchmark the key of each item's score, also of those missing. `report`
+reads these alone.
 """
 
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionroute import collection as collections
-from fusionroute.baselines.selection import select
+from fusionroute.baselines.carried import reward_source
+from fusionroute.baselines.collab import CollabSettings
 from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.evaluation import forced, judging
 from fusionroute.evaluation.benchmarks import Benchmark, Item, load_task
 from fusionroute.evaluation.execution import require_isolation
-from fusionroute.evaluation.reward import RewardModel
+from fusionroute.evaluation.generating import answer_all, collab_all, lacking, select_all
+from fusionroute.evaluation.names import COLLAB, FINETUNED, OURS, SELECTION
+from fusionroute.evaluation.reward import RewardModel, describe
 from fusionroute.evaluation.store import Store, key_of
-from fusionroute.evaluation.systems import SELECTION, Sources, System, find, parse
+from fusionroute.evaluation.systems import Sources, System, find, parse
 from fusionroute.files import write_json
 
 if TYPE_CHECKING:
-    from fusionroute.decoding.engine import Engine
+    from fusionroute.modeling import FusionRouteForCausalLM
 
-TASKS = ("gsm8k", "math500", "mbpp", "humaneval", "ifeval")
+TASKS = ("gsm8k", "math500", "mbpp", "humaneval", "ifeval", judging.TASK)
+WIN_RATES = "win rates"
+REWARDED = (SELECTION, COLLAB)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,10 @@ class Evaluation:
         limit: items of each benchmark, the first; None is all.
         batch: rows that are decoded together.
         sft, finetuned: as in `Sources`.
-        reward: the reward model that selects among answers, as in `RewardModel`.
+        reward: the reward model that selects among answers, as in `RewardModel`; None takes the collection's own.
+        judge: who compares answers to general prompts, as in `judging.load`; None takes the collection's own.
+        against: the system that the others are compared with; None is `finetuned`, else `fusionroute`.
+        collab, collab_limit: its knobs, and its items of each benchmark, the first; it takes long.
         unsafe: run model-written code where nothing isolates it.
     """
 
@@ -53,6 +63,10 @@ class Evaluation:
     sft: Path | None = None
     finetuned: str | None = None
     reward: str | None = None
+    judge: str | None = None
+    against: str | None = None
+    collab: CollabSettings = field(default_factory=CollabSettings)
+    collab_limit: int = 5
     unsafe: bool = False
 
 
@@ -68,7 +82,7 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     """Fill the results folder and return the plan.
 
     Raises:
-        UsageError: an unknown task or system; before anything runs.
+        UsageError: an unknown task or system, or a judge that may not judge; before anything runs.
     """
     sources = Sources(
         wanted.collection, wanted.out / "models", sft=wanted.sft, finetuned=wanted.finetuned, base=wanted.base
@@ -80,21 +94,22 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     missing: dict[str, str] = {}
     for name in names:
         try:
-            if name == SELECTION:
-                _require_reward(wanted)
+            if name in REWARDED:
+                _reward_source(wanted, name)
             else:
                 systems[name] = find(name, sources)
         except UsageError as error:
             if not asked_for_all:
                 raise
             missing[name] = str(error)
-    selects = SELECTION in names and SELECTION not in missing
-    reward = RewardModel(str(wanted.reward)) if selects else None
+    rewarded = [name for name in names if name in REWARDED and name not in missing]
+    reward = RewardModel(_reward_source(wanted, rewarded[0])) if rewarded else None
+    judge, against = _judging(wanted, [name for name in names if name not in missing], missing, reward)
     benchmarks = [load_task(name, wanted.data, limit=wanted.limit) for name in wanted.tasks]
     if {"mbpp", "humaneval"} & set(wanted.tasks):
         require_isolation(wanted.unsafe)
     answers, scores = Store(wanted.out / "answers.jsonl"), Store(wanted.out / "scores.jsonl")
-    experts = {name: find(f"expert:{name}", sources) for name in config.expert_names} if selects else {}
+    experts = {name: find(f"expert:{name}", sources) for name in config.expert_names} if rewarded else {}
     # The experts' answers are those of `expert:NAME`, whether the table shows these or not.
     runs = {**systems, **{system.name: system for system in experts.values()}}
     identities = {
@@ -103,7 +118,11 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     cells = {
         name: {task.name: _cell(identity, task, wanted) for task in benchmarks} for name, identity in identities.items()
     }
+    few = {task.name: replace(task, items=task.items[: wanted.collab_limit]) for task in benchmarks}
     if reward is not None:
+        alone = [identities[system.name] for system in experts.values()]
+        identities[COLLAB] = {"experts": alone, "settings": asdict(wanted.collab), "reward": reward.digest}
+        cells[COLLAB] = {name: _cell(identities[COLLAB], task, wanted) for name, task in few.items()}
         cells[SELECTION] = {
             task.name: _selected(task, [cells[system.name][task.name] for system in experts.values()], reward)
             for task in benchmarks
@@ -113,7 +132,16 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         "limit": wanted.limit,
         "dtype": wanted.dtype,
         "batch": wanted.batch,
-        "reward": None if reward is None else {"source": reward.source, "accuracy": reward.accuracy},
+        "reward": None
+        if reward is None
+        else {
+            "source": reward.source,
+            "systems": rewarded,
+            "accuracy": reward.accuracy,
+            "held_out": None if reward.accuracy is None else describe(reward.accuracy),
+        },
+        "collab": {**asdict(wanted.collab), "limit": wanted.collab_limit} if COLLAB in rewarded else None,
+        "judge": None if judge is None else judging.describe(judge, against),
         "experts": config.expert_names,
         "tasks": {
             task.name: {"settings": task.settings(), "primary": task.primary, "items": [item.id for item in task.items]}
@@ -122,28 +150,92 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         "systems": {
             name: {
                 "identity": identities.get(name),
-                "routed": name in systems and systems[name].routed,
+                "routed": name == COLLAB or (name in systems and systems[name].routed),
                 "tasks": {task: asdict(cell) for task, cell in cells[name].items()},
             }
             for name in names
             if name in cells
         },
         "not_run": missing,
+        "teacher_forced": forced.plan(benchmarks, identities[OURS], config.alpha, wanted.dtype)
+        if OURS in systems
+        else None,
     }
     wanted.out.mkdir(parents=True, exist_ok=True)
     write_json(wanted.out / "plan.json", plan)
-    _answer_all(list(runs.values()), benchmarks, cells, answers, wanted)
-    if reward is not None:
-        _select_all(experts, benchmarks, cells, answers, reward)
+    todo = {
+        name: {
+            key: item
+            for task in benchmarks
+            for key, item in lacking(cells[name][task.name].answers, task.items, answers).items()
+        }
+        for name in runs
+    }
+    answer_all(runs, todo, answers, batch=wanted.batch, dtype=wanted.dtype, base=wanted.base)
+    if reward is not None and SELECTION in rewarded:
+        candidates = [cells[system.name] for system in experts.values()]
+        select_all(list(experts), _choices(benchmarks, cells[SELECTION], candidates), answers, reward)
+    if reward is not None and COLLAB in rewarded:
+        items = {
+            key: item
+            for name, task in few.items()
+            for key, item in lacking(cells[COLLAB][name].answers, task.items, answers).items()
+        }
+        collab_all(
+            items,
+            answers,
+            reward,
+            wanted.collab,
+            collection=wanted.collection,
+            dtype=wanted.dtype,
+            base=wanted.base,
+        )
     for name in plan["systems"]:
-        for task in benchmarks:
+        for task in few.values() if name == COLLAB else benchmarks:
             _score(name, task, cells[name][task.name], answers, scores, wanted)
+    if plan["teacher_forced"] is not None:
+        forced.fill(plan["teacher_forced"], benchmarks, Store(wanted.out / "forced.jsonl"), partial(_load, wanted))
+    if judge is not None:
+        sides = {name: cells[name][judging.TASK].answers for name in plan["systems"]}
+        judging.judge_all(judge, _contests(sides, against, answers), Store(wanted.out / "verdicts.jsonl"))
     return plan
 
 
-def _require_reward(wanted: Evaluation) -> None:
-    if wanted.reward is None:
-        raise UsageError(f"{SELECTION} needs a reward model: give --reward SOURCE[+ADAPTER]")
+def _judging(
+    wanted: Evaluation, names: Sequence[str], missing: dict[str, str], reward: RewardModel | None
+) -> tuple[judging.Judge | None, str]:
+    """The judge and the system that the others are compared with; no judge if there is nothing to judge."""
+    if judging.TASK not in wanted.tasks:
+        return None, ""
+    against = wanted.against or next((name for name in (FINETUNED, OURS) if name in names), "")
+    if wanted.against and against not in names:
+        reason = missing.get(against, "it is not among the systems of this run: add it to --system")
+        raise UsageError(f"--against {against}: {reason}")
+    source = reward_source(wanted.collection, wanted.base, wanted.judge, name="judge")
+    if source is None:
+        missing[WIN_RATES] = "they need a judge: give --judge SOURCE[+ADAPTER], a reward model, or --judge URL#MODEL"
+    elif not against:
+        missing[WIN_RATES] = "they need a system to compare with: name one of --system with --against"
+    else:
+        return judging.load(source, reward), against
+    return None, against
+
+
+def _contests(sides: dict[str, list[str | None]], against: str, answers: Store) -> list[judging.Contest]:
+    found = (
+        judging.contest_of(*(None if key is None else answers.get(key) for key in keys))
+        for name, mine in sides.items()
+        if name != against
+        for keys in zip(mine, sides[against], strict=False)  # one of them may have fewer items
+    )
+    return [contest for contest in found if contest is not None]
+
+
+def _reward_source(wanted: Evaluation, system: str) -> str:
+    source = reward_source(wanted.collection, wanted.base, wanted.reward)
+    if source is None:
+        raise UsageError(f"{system} needs a reward model: give --reward SOURCE[+ADAPTER]")
+    return source
 
 
 def _cell(identity: dict[str, Any], task: Benchmark, wanted: Evaluation) -> Cell:
@@ -164,70 +256,10 @@ def _keys(task: Benchmark, answers: list[str | None]) -> Cell:
     return Cell(answers, scores)
 
 
-def _answer_all(
-    systems: Sequence[System],
-    benchmarks: Sequence[Benchmark],
-    cells: dict[str, dict[str, Cell]],
-    answers: Store,
-    wanted: Evaluation,
-) -> None:
-    """Generate the answers that are missing, one system's after another's."""
-    from fusionroute.decoding.rows import Request
-    from fusionroute.evaluation.answering import answer
-    from fusionroute.training.running import Meter
+def _load(wanted: Evaluation) -> "tuple[FusionRouteForCausalLM, Any]":
+    from fusionroute.evaluation.answering import load_model
 
-    todo: dict[str, dict[str, Item]] = {}
-    planned: set[str] = set()
-    for system in systems:
-        items = {
-            key: item
-            for task in benchmarks
-            for key, item in zip(cells[system.name][task.name].answers, task.items, strict=True)
-            # Systems that are one and the same answer once; what failed is tried again.
-            if key is not None and key not in planned and (answers.get(key) or {"error": "missing"})["error"]
-        }
-        planned |= set(items)
-        todo[system.name] = items
-    meter = Meter("answering", sum(map(len, todo.values())), "answers")
-    loaded: tuple[Path, Engine, Any] | None = None
-    for system in systems:
-        if not todo[system.name]:
-            continue
-        if loaded is None or loaded[0] != system.folder:
-            loaded = None  # before the next, so that there is one at a time in memory
-            loaded = (system.folder, *_load(system.folder, wanted))
-        _, engine, tokenizer = loaded
-        meter.title = system.name
-        requests = (
-            (key, Request(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, **system.policy))
-            for key, item in todo[system.name].items()
-        )
-        for key, found in answer(engine, requests, wanted.batch):
-            item = todo[system.name][key]
-            row = {"system": system.name, "item": item.id, "prompt": item.prompt, **found.to_dict()}
-            try:
-                answers.put(key, row)
-            except FusionRouteError as error:
-                print(f"{system.name}, item {row['item']}: {error}", file=sys.stderr)
-            meter.advance(1)
-    meter.close()
-
-
-def _encode(tokenizer: Any, item: Item) -> list[int]:
-    return collections.encode_chat(tokenizer, [{"role": "user", "content": item.prompt}])
-
-
-def _load(folder: Path, wanted: Evaluation) -> "tuple[Engine, Any]":
-    from fusionroute.decoding.engine import Engine
-    from fusionroute.modeling import FusionRouteForCausalLM
-    from fusionroute.training.running import quiet
-
-    with quiet():
-        # What stands on no adapter has no base to replace.
-        base = wanted.base if any(s.adapter for s in collections.read_config(folder).member_specs) else None
-        model = FusionRouteForCausalLM.from_pretrained(folder, dtype=wanted.dtype, base=base)
-        tokenizer = collections.load_tokenizer(folder)
-    return Engine(model, tokenizer), tokenizer
+    return load_model(wanted.collection, wanted.dtype, wanted.base)
 
 
 def _selected(task: Benchmark, experts: Sequence[Cell], reward: RewardModel) -> Cell:
@@ -236,26 +268,15 @@ def _selected(task: Benchmark, experts: Sequence[Cell], reward: RewardModel) -> 
     return _keys(task, [None if None in keys else key_of(SELECTION, keys, reward.digest) for keys in candidates])
 
 
-def _select_all(
-    experts: dict[str, System],
-    benchmarks: Sequence[Benchmark],
-    cells: dict[str, dict[str, Cell]],
-    answers: Store,
-    reward: RewardModel,
-) -> None:
-    """Pick among the experts' answers where that has not been done."""
+def _choices(
+    benchmarks: Sequence[Benchmark], picked: dict[str, Cell], experts: Sequence[dict[str, Cell]]
+) -> Iterator[tuple[str, Item, list[str]]]:
+    """Of each item that sequence selection answers: its key, the item, and the keys of the experts' answers."""
     for task in benchmarks:
-        sides = [cells[system.name][task.name].answers for system in experts.values()]
-        for place, (item, key) in enumerate(zip(task.items, cells[SELECTION][task.name].answers, strict=True)):
-            rows = [answers.get(str(side[place])) for side in sides]
-            found = [row for row in rows if row is not None and not row["error"]]
-            if key is None or answers.get(key) is not None or len(found) < len(experts):
-                continue
-            started = time.perf_counter()
-            rewards = reward.score([(item.prompt, row["text"]) for row in found])
-            row = select(list(zip(experts, found, strict=True)), rewards)
-            row["seconds"] += time.perf_counter() - started
-            answers.put(key, {**row, "system": SELECTION})
+        columns = zip(*(cells[task.name].answers for cells in experts), strict=True)
+        for key, item, candidates in zip(picked[task.name].answers, task.items, columns, strict=True):
+            if key is not None:
+                yield key, item, [str(candidate) for candidate in candidates]
 
 
 def _score(name: str, task: Benchmark, cell: Cell, answers: Store, scores: Store, wanted: Evaluation) -> None:

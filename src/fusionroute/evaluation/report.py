@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.errors import FusionRouteError
+from fusionroute.evaluation import forced_figures, judging
+from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, ORACLE, OURS
 from fusionroute.evaluation.statistics import Estimate, difference_of, mean_of
 from fusionroute.evaluation.store import Store
 from fusionroute.files import read_json
 
-OURS = "fusionroute"
-ORACLE = "oracle"  # of the experts, the one that does best on the prompt, in hindsight
+_NAMED = 10  # items without a verdict that a note names; the JSON names all
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -20,9 +21,13 @@ def read(folder: Path) -> dict[str, Any]:
     Returns:
         `{"systems": {NAME: {"benchmarks": {TASK: {"accuracy", "low", "high", "n", "unscored", "other": {…}}},
         "average": {…}, "difference": {…}, "tokens_per_second", "passes_per_token", "mean_tokens", "cut_off",
-        "routing": {TASK: {"shares", "switch_rate", "overruled_rate"}}}}, "settings": {…}, "not_run": {NAME: why}}`.
+        "routing": {TASK: {"shares", "switch_rate", "overruled_rate"}}, "win_rate": {"against", "judge", "rate", "low",
+        "high", "n", "unscored", "reasons": {ITEM: why}}}}, "teacher_forced": {…}, "alpha_sweep": [{"alpha", "system",
+        "average"}], "settings": {…}, "not_run": {NAME: why}}`.
         Accuracies are of all items asked for: one without a score counts as wrong, and in `unscored`. `difference` is
-        to FusionRoute, item by item, with a p-value.
+        to FusionRoute, item by item, with a p-value. A win rate is of all items asked for too: one without a verdict
+        counts ½, and in `unscored`. There is no `average` and `difference` without benchmarks, no `win_rate` without a
+        judge. `teacher_forced` is as `forced_figures.read` gives it, or None.
 
     Raises:
         FusionRouteError: the folder holds no evaluation.
@@ -33,12 +38,18 @@ def read(folder: Path) -> dict[str, Any]:
         )
     plan = read_json(folder / "plan.json")
     answers, scores = Store(folder / "answers.jsonl"), Store(folder / "scores.jsonl")
+    verdicts = Store(folder / "verdicts.jsonl")
+    scored = [name for name, task in plan["tasks"].items() if task["primary"] is not None]
     vectors: dict[str, dict[str, list[float | None]]] = {}
     systems: dict[str, Any] = {}
     for name, system in plan["systems"].items():
         vectors[name] = {}
         entry: dict[str, Any] = {"benchmarks": {}, **_cost(system, answers), "routing": {}}
         for task, cell in system["tasks"].items():
+            if system["routed"]:
+                entry["routing"][task] = _routing(cell, answers, plan["experts"])
+            if task not in scored:
+                continue
             rows = [None if key is None else scores.get(key) for key in cell["scores"]]
             primary = plan["tasks"][task]["primary"]
             vectors[name][task] = [_score(row, primary) for row in rows]
@@ -47,36 +58,70 @@ def read(folder: Path) -> dict[str, Any]:
                 "metric": primary,
                 "other": {m: _benchmark([_score(row, m) for row in rows])["accuracy"] for m in sorted(others)},
             }
-            if system["routed"]:
-                entry["routing"][task] = _routing(cell, answers, plan["experts"])
+        if plan.get("judge") and name != plan["judge"]["against"]:
+            entry["win_rate"] = _win_rate(name, plan, answers, verdicts)
         systems[name] = entry
     experts = [vectors[f"expert:{name}"] for name in plan["experts"] if f"expert:{name}" in vectors]
-    if len(experts) == len(plan["experts"]) > 1:
+    if scored and len(experts) == len(plan["experts"]) > 1:
         vectors[ORACLE] = {
-            task: [_best(each) for each in zip(*(e[task] for e in experts), strict=True)] for task in plan["tasks"]
+            task: [_best(each) for each in zip(*(e[task] for e in experts), strict=True)] for task in scored
         }
         systems[ORACLE] = {"benchmarks": {task: _benchmark(v) for task, v in vectors[ORACLE].items()}, "routing": {}}
-    for name, entry in systems.items():
+    for name, entry in systems.items() if scored else ():
         mine = _filled(vectors[name])
         entry["average"] = _as_dict(mean_of(mine)) | {
             "unscored": sum(b["unscored"] for b in entry["benchmarks"].values())
         }
         if name != OURS and OURS in vectors:
-            entry["difference"] = _as_dict(difference_of(mine, _filled(vectors[OURS])))
+            # On its own items: Collab answers fewer.
+            ours = [found[: len(part)] for part, found in zip(mine, _filled(vectors[OURS]), strict=True)]
+            entry["difference"] = _as_dict(difference_of(mine, ours))
     settings = {key: plan[key] for key in ("collection", "limit", "dtype", "batch", "reward")}
+    settings["judge"], settings["collab"] = plan.get("judge"), plan.get("collab")
+    if settings["collab"]:
+        settings["collab"] |= {"cost": _collab_cost(plan, answers)}
     settings["tasks"] = {name: task["settings"] for name, task in plan["tasks"].items()}
-    return {"systems": systems, "settings": settings, "not_run": plan["not_run"]}
+    forced = plan.get("teacher_forced")
+    return {
+        "systems": systems,
+        "teacher_forced": forced and forced_figures.read(forced, plan["experts"], Store(folder / "forced.jsonl")),
+        "alpha_sweep": _alpha_sweep(plan, systems),
+        "settings": settings,
+        "not_run": plan["not_run"],
+    }
+
+
+def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str, Any]]:
+    """FusionRoute's average by α, from `alpha:VALUE` and itself; empty if no other α was run."""
+    found: dict[float, dict[str, Any]] = {}
+    for name in (OURS, *(name for name in systems if name.startswith(ALPHA))):
+        if "average" in systems.get(name, ()):
+            alpha = float(plan["systems"][name]["identity"]["policy"]["alpha"])
+            found.setdefault(alpha, {"alpha": alpha, "system": name, "average": systems[name]["average"]})
+    return [found[alpha] for alpha in sorted(found)] if any(name.startswith(ALPHA) for name in systems) else []
 
 
 def unscored(report: dict[str, Any]) -> int:
-    """Items without a score, over all systems."""
-    return sum(entry["average"]["unscored"] for entry in report["systems"].values())
+    """Items without a score or a verdict, over all systems."""
+    figures = [[*entry["benchmarks"].values(), entry.get("win_rate")] for entry in report["systems"].values()]
+    return sum(found["unscored"] for each in figures for found in each if found)
 
 
 def average_rows(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
     """(system, average, low, high), the best first."""
-    found = [(name, entry["average"]) for name, entry in report["systems"].items()]
+    found = [(name, entry["average"]) for name, entry in report["systems"].items() if "average" in entry]
     return sorted(((n, a["accuracy"], a["low"], a["high"]) for n, a in found), key=lambda row: -row[1])
+
+
+def win_rate_rows(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
+    """(system, win rate, low, high), the best first; empty if nothing was judged."""
+    found = [(name, entry["win_rate"]) for name, entry in report["systems"].items() if "win_rate" in entry]
+    return sorted(((n, w["rate"], w["low"], w["high"]) for n, w in found), key=lambda row: -row[1])
+
+
+def scored_tasks(report: Mapping[str, Any]) -> list[str]:
+    """The benchmarks that have an accuracy."""
+    return [name for name, settings in report["settings"]["tasks"].items() if settings["primary"] is not None]
 
 
 def _score(row: dict[str, Any] | None, metric: str) -> float | None:
@@ -102,6 +147,28 @@ def _as_dict(estimate: Estimate) -> dict[str, Any]:
     return named if estimate.p is None else named | {"p": estimate.p}
 
 
+def _win_rate(name: str, plan: dict[str, Any], answers: Store, verdicts: Store) -> dict[str, Any]:
+    judge, task = plan["judge"], judging.TASK
+    sides = [plan["systems"][each]["tasks"][task]["answers"] for each in (name, judge["against"])]
+    contests = (
+        judging.contest_of(*(None if key is None else answers.get(key) for key in keys))
+        for keys in zip(*sides, strict=False)  # Collab answers fewer items than others
+    )
+    outcomes = [judging.outcome(contest, judge["identity"], verdicts) for contest in contests]
+    found = mean_of([[0.5 if won is None else won for won, _ in outcomes]])
+    reasons = {item: why for item, (_, why) in zip(plan["tasks"][task]["items"], outcomes, strict=False) if why}
+    return {
+        "against": judge["against"],
+        "judge": judge["name"],
+        "rate": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+        "unscored": len(reasons),
+        "reasons": reasons,
+    }
+
+
 def _found(cell: dict[str, Any], answers: Store) -> list[dict[str, Any]]:
     rows = [answers.get(key) for key in cell["answers"] if key is not None]
     return [row for row in rows if row is not None and not row["error"]]
@@ -115,6 +182,22 @@ def _cost(system: dict[str, Any], answers: Store) -> dict[str, Any]:
         "passes_per_token": sum(row["passes"] for row in rows) / max(tokens, 1),
         "mean_tokens": tokens / max(len(rows), 1),
         "cut_off": sum(row["finish"] == "length" for row in rows) / max(len(rows), 1),
+    }
+
+
+def _collab_cost(plan: dict[str, Any], answers: Store) -> dict[str, float]:
+    """Of a token, seconds and passes, as multiples of FusionRoute's on the same items; empty without one of them."""
+    sides = []
+    for name in (COLLAB, OURS):
+        system = plan["systems"].get(name, {"tasks": {}})
+        few = {task: {"answers": cell["answers"][: plan["collab"]["limit"]]} for task, cell in system["tasks"].items()}
+        sides.append(_cost({"tasks": few}, answers))
+    theirs, ours = sides
+    if not (theirs["tokens_per_second"] and ours["tokens_per_second"]):
+        return {}
+    return {
+        "seconds": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "passes": theirs["passes_per_token"] / ours["passes_per_token"],
     }
 
 
@@ -139,31 +222,45 @@ def as_json(report: dict[str, Any]) -> str:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The table of the paper's shape, what it rests on, and where the tokens went."""
-    tasks = list(report["settings"]["tasks"])
-    lines = [
-        "| system | " + " | ".join(tasks) + " | average | − FusionRoute | p | tokens/s | passes/token |",
-        "|---" * (len(tasks) + 6) + "|",
-    ]
+    tasks, judged = scored_tasks(report), win_rate_rows(report)
+    heads = ["system", *tasks, *(["average", "− FusionRoute", "p"] if tasks else [])]
+    heads += [*(["win rate"] if judged else []), "tokens/s", "passes/token"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, entry in report["systems"].items():
         cells = [_accuracy(entry["benchmarks"][task]) for task in tasks]
-        cells.append(_accuracy(entry["average"]))
+        cells += [_accuracy(entry["average"])] if tasks else []
         if difference := entry.get("difference"):
             cells += [f"{difference['accuracy']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"]
-            cells += [f"{difference['p']:.3f}"]
-        else:
+            cells += [p_text(difference["p"])]
+        elif tasks:
             cells += ["", ""]
+        if judged:
+            won = entry.get("win_rate")
+            cells.append("" if won is None else _accuracy(won | {"accuracy": won["rate"]}))
         cost = entry.get("tokens_per_second")
         cells += ["", ""] if cost is None else [f"{cost:.0f}", f"{entry['passes_per_token']:.2f}"]
-        lines.append(f"| {'**fusionroute**' if name == OURS else name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {f'**{OURS}**' if name == OURS else name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Accuracy over all items asked for, with 95 % bootstrap intervals; differences are paired, item by item.",
     ]
     missing = unscored(report)
     if missing:
-        lines.append(f"{missing} items have no score and count as wrong; in brackets how many.")
+        lines.append(
+            f"{missing} items have no score and count as wrong, or no verdict and count ½; in brackets how many."
+        )
+    lines += win_rate_notes(report)
     if reward := report["settings"]["reward"]:
-        lines.append(f"Reward model of sequence-selection: {reward['source']}, on held-out pairs {reward['accuracy']}.")
+        how_good = reward["held_out"] or "its accuracy on held-out pairs is unknown"
+        lines.append(f"Reward model of {' and '.join(reward['systems'])}: {reward['source']}; {how_good}.")
+    if collab := report["settings"]["collab"]:
+        knobs = ", ".join(f"{key} {value}" for key, value in collab.items() if key not in ("limit", "cost"))
+        lines.append(f"Collab ({knobs}) answers the first {collab['limit']} items of each benchmark.")
+        if cost := collab["cost"]:
+            lines.append(
+                f"A token of Collab's costs {cost['seconds']:.1f} times the seconds and {cost['passes']:.1f} times the "
+                "passes of one of FusionRoute's on the same items, the reward model's passes in the seconds alone."
+            )
     lines += [f"Not run: {name}: {why}." for name, why in report["not_run"].items()]
     routed = {name: entry for name, entry in report["systems"].items() if entry["routing"]}
     if routed:
@@ -176,7 +273,39 @@ def as_markdown(report: dict[str, Any]) -> str:
                 lines.append(
                     f"| {name} | {task} | {shares} | {found['switch_rate']:.2f} | {found['overruled_rate']:.2f} |"
                 )
+    if report["alpha_sweep"]:
+        lines += ["", "| α sweep (generated) | system | average accuracy |", "|---|---|---|"]
+        for row in report["alpha_sweep"]:
+            lines.append(f"| {row['alpha']:g} | {row['system']} | {_accuracy(row['average'])} |")
+    if report["teacher_forced"]:
+        lines += forced_figures.lines(report["teacher_forced"])
     return "\n".join(lines) + "\n"
+
+
+def win_rate_notes(report: Mapping[str, Any]) -> list[str]:
+    """What the win rates rest on, and which items have no verdict."""
+    judge = report["settings"]["judge"]
+    if not judge:
+        return []
+    accuracy = "" if judge["held_out"] is None else f"; {judge['held_out']}"
+    offline = "reward" in judge["identity"]
+    how = "a reward model, the higher score wins" if offline else "asked in both orders, a split counts ½"
+    notes = [f"Win rate against {judge['against']} on general prompts; judge: {judge['name']} ({how}{accuracy})."]
+    if FINETUNED not in report["systems"]:
+        notes.append(f"The paper's win rates are against {FINETUNED}, which was not run.")
+    for name, entry in report["systems"].items():
+        by_reason: dict[str, list[str]] = {}
+        for item, why in entry.get("win_rate", {}).get("reasons", {}).items():
+            by_reason.setdefault(why, []).append(item)
+        for why, items in by_reason.items():
+            more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+            notes.append(f"No verdict for {name}, items {', '.join(items[:_NAMED])}{more}: {why}.")
+    return notes
+
+
+def p_text(value: float) -> str:
+    """A p-value, as 10,000 draws know it."""
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def _accuracy(found: dict[str, Any]) -> str:

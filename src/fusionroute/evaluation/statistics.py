@@ -50,3 +50,21 @@ def difference_of(groups: Sequence[Sequence[float]], others: Sequence[Sequence[f
     )
     extreme = int((np.abs(totals) >= abs(estimate.mean) - 1e-12).sum()) if filled else DRAWS
     return replace(estimate, p=(extreme + 1) / (DRAWS + 1))
+
+
+def resamples(count: int, seed: int = 0) -> np.ndarray:
+    """How often each of `count` items is taken, `[1 + DRAWS, count]`: the items as they are, then bootstrap draws."""
+    drawn = np.random.default_rng(seed).integers(count, size=(DRAWS, count)) + np.arange(DRAWS)[:, None] * count
+    weights = np.bincount(drawn.ravel(), minlength=DRAWS * count).reshape(DRAWS, count)
+    return np.vstack([np.ones(count), weights])
+
+
+def estimate_of(values: np.ndarray, n: int) -> Estimate | None:
+    """A figure of `n` items from its value and those of the draws `[1 + DRAWS]`; draws without one (NaN) are left out.
+
+    None if the items as they are give no figure.
+    """
+    if not np.isfinite(values[0]):
+        return None
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    return Estimate(float(values[0]), float(low), float(high), n)

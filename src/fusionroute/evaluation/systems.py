@@ -6,17 +6,19 @@ task.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fusionroute import collection as collections
+from fusionroute import weights
+from fusionroute.baselines.carried import carried, split_adapter
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import UsageError
-
-SELECTION = "sequence-selection"  # runs no model of its own: it picks among the experts' answers
-MERGES = ("task-arithmetic", "dare", "ties")
+from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, MERGES, OURS, SELECTION
+from fusionroute.files import staged_folder
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,17 @@ class System:
             for spec in config.specs_on(base)
             if spec.name == expert or expert is None or (spec.name == ROUTER and alpha != 0)
         ]
-        weights: dict[str, Any] = {
+        made_of: dict[str, Any] = {
             s.name: [s.digest, s.adapter_digest, s.source if s.digest is None else None] for s in taking_part
         }
         if expert is None:
-            weights["route_head"] = _digest(self.folder / ROUTER / "route_head.safetensors")
-        return {"weights": weights, "policy": {**self.policy, "alpha": alpha}, "vocab_size": config.vocab_size}
+            made_of["route_head"] = _digest(self.folder / ROUTER / "route_head.safetensors")
+        return {"weights": made_of, "policy": {**self.policy, "alpha": alpha}, "vocab_size": config.vocab_size}
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where systems beside the collection's own come from.
+    """Where systems beside the collection's own come from; what is not given is what the collection carries.
 
     Attributes:
         collection: the one that is evaluated.
@@ -74,7 +76,7 @@ def every_name(config: FusionRouteConfig) -> list[str]:
     """The systems that `--system all` means."""
     experts = config.expert_names
     return [
-        "fusionroute",
+        OURS,
         *(f"expert:{name}" for name in experts),
         "router",
         "query-level",
@@ -84,8 +86,9 @@ def every_name(config: FusionRouteConfig) -> list[str]:
         "no-complement",
         "sft-only",
         SELECTION,
+        COLLAB,
         *(f"merge:{method}" for method in MERGES),
-        "finetuned",
+        FINETUNED,
     ]
 
 
@@ -100,10 +103,12 @@ def find(name: str, sources: Sources) -> System:
     if which and kind in ("expert", "fixed"):
         config.expert_index(which)
         return System(name, sources.collection, {"expert": which, "alpha": 0.0 if kind == "expert" else config.alpha})
+    if f"{kind}:" == ALPHA:
+        return System(name, sources.collection, {"alpha": _alpha(name, which)}, routed=True)
     if kind == "merge" and which in MERGES:
         return System(name, _merged(which, sources), {"expert": ROUTER})
     policies: dict[str, dict[str, Any]] = {
-        "fusionroute": {},
+        OURS: {},
         "router": {"expert": ROUTER},
         "query-level": {"routing": "query"},
         "query-level-no-complement": {"routing": "query", "alpha": 0.0},
@@ -112,16 +117,30 @@ def find(name: str, sources: Sources) -> System:
     if name in policies:
         return System(name, sources.collection, policies[name], routed=name not in ("router", "uniform"))
     if name in ("sft-only", "no-complement"):
-        if sources.sft is None:
+        folder = sources.sft or _carried(sources, "sft")
+        if folder is None:
             raise UsageError(f"{name} needs the collection after phase 1: give --sft")
-        return System(name, sources.sft, {} if name == "sft-only" else {"alpha": 0.0}, routed=True)
-    if name == "finetuned":
-        if sources.finetuned is None:
+        return System(name, folder, {} if name == "sft-only" else {"alpha": 0.0}, routed=True)
+    if name == FINETUNED:
+        if sources.finetuned is not None:
+            source, adapter = split_adapter(sources.finetuned)
+            folder = _alone(MemberSpec(ROUTER, source, adapter=adapter), sources.work / "finetuned")
+        else:
+            folder = _carried(sources, "finetuned")
+        if folder is None:
             raise UsageError("finetuned needs a model trained on the router's data: give --finetuned SOURCE[+ADAPTER]")
-        source, _, adapter = sources.finetuned.partition("+")
-        spec = MemberSpec(ROUTER, source, adapter=adapter or None)
-        return System(name, _alone(spec, sources.work / "finetuned"), {"expert": ROUTER})
-    raise UsageError(f"no system {name!r}: there are {', '.join(every_name(config))}")
+        return System(name, folder, {"expert": ROUTER})
+    raise UsageError(f"no system {name!r}: there are {', '.join(every_name(config))}, {ALPHA}VALUE")
+
+
+def _alpha(name: str, value: str) -> float:
+    try:
+        alpha = float(value)
+    except ValueError:
+        alpha = math.nan
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise UsageError(f"system {name!r}: {value!r} is no α; give a number from 0, as in {ALPHA}0.5")
+    return alpha
 
 
 def _merged(method: str, sources: Sources) -> Path:
@@ -142,6 +161,49 @@ def _alone(spec: MemberSpec, out: Path) -> Path:
     if not out.exists():
         collections.assemble(out, spec, [MemberSpec("itself", spec.source, adapter=spec.adapter)])
     return out
+
+
+def _carried(sources: Sources, name: str) -> Path | None:
+    """A collection around the router's base with the adapter `name` that the collection carries, or None.
+
+    `sft` has the collection's experts, `finetuned` is its own only one. Members stay where they are, and the digests
+    are those the collection was made with: another base is a matter of loading.
+    """
+    from fusionroute.router import HEAD_FILE, RouteHead
+
+    adapter = carried(sources.collection, name)
+    if adapter is None:
+        return None
+    config = collections.read_config(sources.collection)
+    specs = [_absolute(spec, sources.collection) for spec in config.member_specs]
+    router = replace(
+        specs[0], adapter=str(adapter.resolve()), adapter_revision=None, adapter_digest=weights.digest(adapter)
+    )
+    whole = name == "sft"
+    experts = specs[1:] if whole else [replace(router, name="itself")]
+    head = adapter / HEAD_FILE
+    made_of = [config.to_dict(), [asdict(s) for s in (router, *experts)], _digest(head) if whole else None]
+    out = sources.work / f"{name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
+    if not out.exists():
+        config.set_members(router, experts)
+        with staged_folder(out) as scratch:
+            collections.copy_tokenizer(sources.collection, scratch)
+            collections.read_generation_config(sources.collection).save_pretrained(scratch)
+            config.save_pretrained(scratch)
+            (scratch / ROUTER).mkdir()
+            names, width = config.expert_names, config.hidden_size
+            (RouteHead.load(adapter, names, width) if whole else RouteHead(width, names)).save(scratch / ROUTER)
+    return out
+
+
+def _absolute(spec: MemberSpec, collection: Path) -> MemberSpec:
+    """`spec` with what is in the collection named by its path."""
+    places = {
+        key: str((collection / place).resolve())
+        for key in ("source", "adapter")
+        if (place := getattr(spec, key)) is not None and place.startswith("./")
+    }
+    return replace(spec, **places)
 
 
 def _digest(path: Path) -> str:

@@ -28,6 +28,7 @@ def train_expert(
     arguments: dict[str, Any],
     run: Path,
     dtype: torch.dtype = torch.bfloat16,
+    revision: str | None = None,
 ) -> None:
     """Train a LoRA expert on chat rows and write it to `out`.
 
@@ -36,43 +37,18 @@ def train_expert(
         rows: chat rows; the loss is on the last assistant message alone.
         arguments: any field of `trl.SFTConfig`.
         run: folder for checkpoints; a killed run goes on from the newest whole one.
+        revision: of a base from the Hub.
 
     Raises:
         FusionRouteError: no rows, trl is missing, or the loss became NaN.
     """
-    try:
-        from trl import SFTConfig, SFTTrainer
-    except ImportError as error:
-        raise FusionRouteError("training an expert needs trl: pip install 'fusionroute[train]'") from error
-    import datasets
-    from peft import get_peft_model
-    from transformers import AutoTokenizer
-    from transformers.trainer_callback import PrinterCallback
-
+    SFTConfig = import_trl("training an expert").SFTConfig
     if not rows:
         raise FusionRouteError(f"expert {name}: there is no row to train on")
-    folder = sources.resolve(base)
-    data = datasets.Dataset.from_list(
-        [{"prompt": row["messages"][:-1], "completion": [row["messages"][-1]]} for row in rows]
-    )
+    folder = sources.resolve(base, revision=revision)
     with quiet():
-        model = load_model(folder, LoadOptions(dtype=dtype))
         config = make_arguments(SFTConfig, run, arguments)
-        torch.manual_seed(config.seed)  # SFTTrainer seeds itself, but the adapter is initialised before it
-        peft_model = get_peft_model(model, lora_config(lora))
-        trainer = _trainer_class(SFTTrainer)(
-            model=peft_model,
-            args=config,
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(folder),
-            callbacks=[Progress(f"expert {name}"), StopOnNan()],
-        )
-        if len(trainer.train_dataset) == 0:
-            raise FusionRouteError(
-                f"expert {name}: max_length {config.max_length} cuts all {len(rows)} rows short of an answer: raise it"
-            )
-        trainer.remove_callback(PrinterCallback)
-        train_to_the_end(trainer, run)
+        trainer = fit_adapter(folder, rows, config, run, title=f"expert {name}", lora=lora, dtype=dtype)
     provenance = {
         "base": base,
         "base_digest": weights.digest(folder),
@@ -83,6 +59,56 @@ def train_expert(
         "lora": lora.model_dump(),
     }
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), out, dtype, provenance)
+
+
+def import_trl(what: str) -> Any:
+    """The trl package.
+
+    Raises:
+        FusionRouteError: it is missing; `what` needs it.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise FusionRouteError(f"{what} needs trl: pip install 'fusionroute[train]'") from error
+    return trl
+
+
+def fit_adapter(
+    folder: Path, rows: list[dict], config: Any, run: Path, *, title: str, lora: LoraSettings, dtype: torch.dtype
+) -> Any:
+    """Train a new LoRA on the model in `folder` by trl's SFTTrainer to the end; returns the trainer.
+
+    Args:
+        config: an `SFTConfig`.
+
+    Raises:
+        FusionRouteError: `max_length` leaves nothing of any answer, or the loss became NaN.
+    """
+    import datasets
+    from peft import get_peft_model
+    from transformers import AutoTokenizer
+    from transformers.trainer_callback import PrinterCallback
+
+    data = datasets.Dataset.from_list(
+        [{"prompt": row["messages"][:-1], "completion": [row["messages"][-1]]} for row in rows]
+    )
+    model = load_model(folder, LoadOptions(dtype=dtype))
+    torch.manual_seed(config.seed)  # SFTTrainer seeds itself, but the adapter is initialised before it
+    trainer = _trainer_class(import_trl("training an expert").SFTTrainer)(
+        model=get_peft_model(model, lora_config(lora)),
+        args=config,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Progress(title), StopOnNan()],
+    )
+    if len(trainer.train_dataset) == 0:
+        raise FusionRouteError(
+            f"{title}: max_length {config.max_length} cuts all {len(rows)} rows short of an answer: raise it"
+        )
+    trainer.remove_callback(PrinterCallback)
+    train_to_the_end(trainer, run)
+    return trainer
 
 
 def _trainer_class(sft_trainer: type) -> Any:

@@ -14,7 +14,7 @@ from fusionroute import fusion
 from fusionroute.lm_head import Head, hidden_states
 from fusionroute.training.annotation import batches, pad_batch
 from fusionroute.training.data import Item, Tokens
-from fusionroute.training.logprobs import CHUNK, score_labels
+from fusionroute.training.logprobs import CHUNK, score_labels, score_logits
 from fusionroute.training.losses import informative, routed_logprobs
 from fusionroute.training.running import Meter
 
@@ -53,40 +53,85 @@ def measure(
     return result
 
 
-def _measure_batch(
-    model: "FusionRouteForCausalLM", heads: list[Head], sequences: list[Tokens]
-) -> list[dict[str, Tensor]]:
-    """Per sequence, sums over its S: counts, label log-probabilities and hits by system, tokens by expert."""
+def hidden_at_labels(
+    model: "FusionRouteForCausalLM", sequences: Sequence[Tokens]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """One pass of every member over the sequences, teacher-forced.
+
+    Returns:
+        What each member's LM head reads where a completion token is predicted, `[N, d]` with the router first; those
+        N tokens, and which of the sequences each belongs to.
+    """
     inputs, positions, labels = pad_batch(sequences, model.device)
     hidden = []
     for member in model.members:
         member.activate()
         hidden.append(hidden_states(member.model, **inputs).flatten(0, 1)[positions])
+    lengths = torch.tensor([len(s.completion) for s in sequences], device=model.device)
+    return hidden, labels, torch.repeat_interleave(torch.arange(len(sequences), device=model.device), lengths)
+
+
+def expert_values(
+    logprobs: Tensor, greedy: Tensor, routes: Tensor, labels: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """What routing costs at N tokens, by figure; of `nll/…` in nats, of the others 0 or 1.
+
+    `best per token` is what no routing can beat: the highest label log-probability, and some expert's first choice
+    that is right. `accuracy`: the chosen expert gives the label that highest log-probability.
+
+    Args:
+        logprobs, greedy: each expert's label log-probability and first choice, `[N, n]`.
+        routes, labels: the chosen expert and the token, `[N]`.
+    """
+    routed, best = routed_logprobs(logprobs, routes), logprobs.amax(dim=-1)
+    hits = greedy == labels.unsqueeze(-1)
+    values = {
+        "nll/routed": -routed,
+        "nll/best per token": -best,
+        "top1/routed": hits.gather(-1, routes.unsqueeze(-1)).squeeze(-1).float(),
+        "top1/best per token": hits.any(dim=-1).float(),
+        # Of experts that are equally sure, each is the best.
+        "accuracy": (routed >= best).float(),
+    }
+    for index, name in enumerate(names):
+        values[f"nll/expert {name}"] = -logprobs[:, index]
+        values[f"top1/expert {name}"] = hits[:, index].float()
+    return values
+
+
+def system_values(name: str, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`nll/NAME` and `top1/NAME` of a system with these `logits [N, V]` at N tokens."""
+    scores = score_logits(logits, labels)
+    return {f"nll/{name}": -scores.logprobs, f"top1/{name}": (scores.greedy == labels).float()}
+
+
+def sums_by_sequence(values: dict[str, Tensor], owner: Tensor, count: int) -> dict[str, Tensor]:
+    """Sums `[count]` float64 of `values [N]` over each sequence; `owner [N]` says whose a token is."""
+    empty = torch.zeros(count, dtype=torch.float64)
+    return {name: empty.index_add(0, owner.cpu(), v.cpu().double()) for name, v in values.items()}
+
+
+def _measure_batch(
+    model: "FusionRouteForCausalLM", heads: list[Head], sequences: list[Tokens]
+) -> list[dict[str, Tensor]]:
+    """Per sequence, sums over its S: counts, label log-probabilities and hits by system, tokens by expert."""
+    names = model.config.expert_names
+    hidden, labels, owner = hidden_at_labels(model, sequences)
     scored = [score_labels(h, head, labels) for h, head in zip(hidden[1:], heads[1:], strict=True)]
-    expert_logprobs = torch.stack([scores.logprobs for scores in scored], dim=-1).cpu()
-    greedy = torch.stack([scores.greedy for scores in scored], dim=-1).cpu()
-    where = informative(greedy)
-    chosen = torch.nonzero(where).squeeze(-1).to(model.device)
-    hidden = [h[chosen] for h in hidden]
-    labels = labels[chosen]
+    logprobs = torch.stack([scores.logprobs for scores in scored], dim=-1)
+    greedy = torch.stack([scores.greedy for scores in scored], dim=-1)
+    lengths = torch.bincount(owner, minlength=len(sequences))
+    where = torch.nonzero(informative(greedy)).squeeze(-1)
+    hidden = [h[where] for h in hidden]
+    labels, owner, logprobs, greedy = labels[where], owner[where], logprobs[where], greedy[where]
     scores = model.router.route_head(hidden[0])
     routes = fusion.route(scores)
-    expert_logprobs, greedy = expert_logprobs[where], greedy[where]
-    on = labels.cpu()
-    values = {
-        "nll/routed": -routed_logprobs(expert_logprobs, routes.cpu()),
-        "nll/best per token": -expert_logprobs.amax(dim=-1),
-        "nll/soft": -(scores.softmax(-1).cpu() * expert_logprobs).sum(-1),
-        "top1/routed": (greedy.gather(-1, routes.cpu().unsqueeze(-1)).squeeze(-1) == on).float(),
-        "top1/best per token": (greedy == on.unsqueeze(-1)).any(dim=-1).float(),
-        "accuracy": (routes.cpu() == expert_logprobs.argmax(-1)).float(),
-    }
-    for index, member in enumerate(model.experts):
-        values[f"nll/expert {member.name}"] = -expert_logprobs[:, index]
-        values[f"top1/expert {member.name}"] = (greedy[:, index] == on).float()
-        values[f"share/{member.name}"] = (routes.cpu() == index).float()
+    values = expert_values(logprobs, greedy, routes, labels, names)
+    values["nll/soft"] = -(scores.softmax(-1) * logprobs).sum(-1)
+    values |= {f"share/{name}": (routes == index).float() for index, name in enumerate(names)}
     fused: dict[str, list[Tensor]] = {}
-    for start in range(0, len(chosen), CHUNK):
+    # Also of no token at all, so that every system has its figures.
+    for start in range(0, max(len(labels), 1), CHUNK):
         piece = slice(start, start + CHUNK)
         logits = [head(h[piece]).float() for head, h in zip(heads, hidden, strict=True)]
         systems = {
@@ -95,25 +140,16 @@ def _measure_batch(
             "uniform": fusion.product(logits[1:]),
         }
         systems |= {
-            f"fixed {m.name}": fusion.fuse(logits[0], logits[i + 1], model.config.alpha)
-            for i, m in enumerate(model.experts)
+            f"fixed {name}": fusion.fuse(logits[0], expert, model.config.alpha)
+            for name, expert in zip(names, logits[1:], strict=True)
         }
-        for name, values_of in systems.items():
-            label = values_of.gather(-1, labels[piece].unsqueeze(-1)).squeeze(-1)
-            fused.setdefault(f"nll/{name}", []).append((values_of.logsumexp(-1) - label).cpu())
-            fused.setdefault(f"top1/{name}", []).append((values_of.argmax(-1) == labels[piece]).float().cpu())
-    if not len(chosen):
-        names = ["router", "fused", "uniform", *(f"fixed {m.name}" for m in model.experts)]
-        fused = {f"{kind}/{name}": [torch.zeros(0)] for kind in ("nll", "top1") for name in names}
+        for system, of_system in systems.items():
+            for name, found in system_values(system, of_system, labels[piece]).items():
+                fused.setdefault(name, []).append(found)
     values |= {name: torch.cat(parts) for name, parts in fused.items()}
-    lengths = torch.tensor([len(s.completion) for s in sequences])
-    owner = torch.repeat_interleave(torch.arange(len(sequences)), lengths)[where]
-    sums = {
-        name: torch.zeros(len(sequences), dtype=torch.float64).index_add(0, owner, v.double())
-        for name, v in values.items()
-    }
-    sums["informative"] = torch.bincount(owner, minlength=len(sequences)).double()
-    sums["tokens"] = lengths.double()
+    sums = sums_by_sequence(values, owner, len(sequences))
+    sums["informative"] = torch.bincount(owner, minlength=len(sequences)).cpu().double()
+    sums["tokens"] = lengths.cpu().double()
     return [{name: total[row] for name, total in sums.items()} for row in range(len(sequences))]
 
 

@@ -45,11 +45,16 @@ def score_labels(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tenso
     return LabelScores(torch.cat(logprobs), torch.cat(greedy))
 
 
-def _score(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> LabelScores:
-    logits = head(hidden).float()
+def score_logits(logits: Tensor, labels: Tensor) -> LabelScores:
+    """Log-probability of `labels [N]` and greedy ids under `logits [N, V]`."""
+    logits = logits.float()
     return LabelScores(
         logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1), logits.detach().argmax(dim=-1)
     )
+
+
+def _score(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> LabelScores:
+    return score_logits(head(hidden), labels)
 
 
 class _FrozenHead(torch.autograd.Function):

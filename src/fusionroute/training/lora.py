@@ -22,7 +22,8 @@ class LoraSettings(BaseModel):
     target_modules: str | list[str] = "all-linear"
 
 
-def lora_config(settings: LoraSettings) -> Any:
+def lora_config(settings: LoraSettings, **more: Any) -> Any:
+    """PEFT's configuration of an adapter on a causal LM; `more` are fields of it."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -30,7 +31,7 @@ def lora_config(settings: LoraSettings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
+        **{"task_type": "CAUSAL_LM", **more},
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.training.rows import Row, read_raw, strip_calculator_marks
+from fusionroute.training.formats import Row, strip_calculator_marks
+from fusionroute.training.rows import read_raw
 
 WINDOW = 13
 # A whole item of fewer words ("Write a poem", "assert f(1) == 2") is no evidence that anybody saw the test.

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,24 @@ def train_to_the_end(trainer: Any, run: Path) -> None:
         else:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
+
+
+def grouping(trainer_class: type, length: Callable[[Any], int]) -> Any:
+    """A trainer of pairs whose `group_by_length` works: transformers' own looks for `input_ids`, which they lack.
+
+    Args:
+        length: of a row of its data set, in tokens.
+    """
+    from fusionroute.training.data import LengthGroups
+
+    class Grouping(trainer_class):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(train_dataset)
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroups([length(row) for row in self.train_dataset], batch, self.args.seed)
+
+    return Grouping
 
 
 class StopOnNan(TrainerCallback):

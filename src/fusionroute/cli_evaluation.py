@@ -1,0 +1,132 @@
+"""The command line's `merge`, `evaluate`, `report` and `lm-eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusionroute.cli_options import Base, Collection, Dtype, Json
+
+
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    collection: Collection = None,
+    method: Annotated[str, typer.Option(help="task-arithmetic, dare or ties.")] = "task-arithmetic",
+    scale: Annotated[float | None, typer.Option(help="λ; the method's paper's if not given.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept; the method's paper's if not.")] = None,
+    seed: Annotated[int, typer.Option(help="Of DARE's drops.")] = 0,
+    base: Base = None,
+) -> None:
+    """Merge a collection's experts into one ordinary model."""
+    from fusionroute import collection as collections
+    from fusionroute.baselines.merging import MergeSettings, merge_collection
+
+    given = {"scale": scale, "density": density}
+    settings = MergeSettings.of(
+        method, seed=seed, **{name: value for name, value in given.items() if value is not None}
+    )
+    merge_collection(collections.locate(collection), settings, out, base=base)
+    print(f"{out}: an ordinary model, {settings}")
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Results folder; what is in it is not computed again.")] = Path(
+        "evaluation"
+    ),
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="Benchmarks, by commas; all if none.")] = None,
+    system: Annotated[list[str] | None, typer.Option("--system", help="Systems, by commas; all if none.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each benchmark.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the benchmarks; else the Hub.")] = None,
+    collection: Collection = None,
+    sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,
+    finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model: SOURCE or SOURCE+ADAPTER.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="The reward model of sequence-selection and collab: SOURCE or SOURCE+ADAPTER.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Who compares general answers: a reward model, SOURCE[+ADAPTER] (the collection's own if none), or "
+            "an OpenAI-compatible endpoint, URL#MODEL, with its key in FUSIONROUTE_JUDGE_KEY or OPENAI_API_KEY."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The system that win rates are against; finetuned, else fusionroute, if none.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 32,
+    dtype: Dtype = None,
+    base: Base = None,
+    candidates: Annotated[int, typer.Option("--collab-candidates", min=1, help="Of each expert, per token.")] = 3,
+    collab_top_p: Annotated[float, typer.Option(help="Candidates that reach this probability together.")] = 0.9,
+    rollout: Annotated[int, typer.Option("--collab-rollout", min=0, help="Tokens written after a candidate.")] = 8,
+    collab_alpha: Annotated[float, typer.Option(help="Weight of the distance to a reference expert.")] = 0.0,
+    collab_reference: Annotated[
+        str | None, typer.Option(help="The expert it is measured to; the first if none.")
+    ] = None,
+    collab_limit: Annotated[int, typer.Option(min=1, help="Collab's items of each benchmark.")] = 5,
+    unsafe_code_execution: Annotated[
+        bool, typer.Option("--unsafe-code-execution", help="Run model-written code even where nothing isolates it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Every system on every benchmark, resumable; prints the report. Exit code 3 if an item has no score."""
+    from fusionroute import collection as collections
+    from fusionroute.baselines.collab import CollabSettings
+    from fusionroute.evaluation.evaluate import TASKS, Evaluation
+    from fusionroute.evaluation.evaluate import evaluate as run_evaluation
+
+    names = [name for entry in tasks or ["all"] for name in entry.split(",") if name]
+    wanted = Evaluation(
+        collection=collections.locate(collection),
+        out=out,
+        tasks=list(dict.fromkeys(n for name in names for n in (TASKS if name == "all" else [name]))),
+        systems=system or ["all"],
+        data=data,
+        limit=limit,
+        dtype=dtype,
+        base=base,
+        batch=batch,
+        sft=sft,
+        finetuned=finetuned,
+        reward=reward,
+        judge=judge,
+        against=against,
+        collab=CollabSettings(candidates, collab_top_p, rollout, alpha=collab_alpha, reference=collab_reference),
+        collab_limit=collab_limit,
+        unsafe=unsafe_code_execution,
+    )
+    run_evaluation(wanted)
+    _report(out, as_json)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Results folder of an evaluation.")] = Path("evaluation"),
+    html: Annotated[Path | None, typer.Option(help="Also write one page with plots and coloured answers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The table of an evaluation: accuracies, differences to FusionRoute, costs, routing."""
+    if html is not None:
+        from fusionroute.evaluation import page
+        from fusionroute.evaluation import report as reports
+        from fusionroute.files import staged_file
+
+        text = page.render(reports.read(folder), folder)
+        with staged_file(html) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    _report(folder, as_json)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line with `--model fusionroute`; every argument is handed on."""
+    from fusionroute.evaluation import harness
+
+    harness.main(context.args)
+
+
+def _report(folder: Path, as_json: bool) -> None:
+    from fusionroute.evaluation import report as reports
+
+    found = reports.read(folder)
+    print(reports.as_json(found) if as_json else reports.as_markdown(found))
+    if reports.unscored(found):
+        raise typer.Exit(3)

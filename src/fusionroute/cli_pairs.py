@@ -1,0 +1,69 @@
+"""The command line's `pairs`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusionroute.cli_options import Base, Collection, Dtype, Json, NewTokens, Seed, TopP
+
+
+def pairs(
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder with gsm8k/train.jsonl, mbpp/train.jsonl and the benchmarks' files.")
+    ],
+    out: Annotated[Path, typer.Option(help="File of the pairs; answers are kept beside it.")] = Path("pairs.jsonl"),
+    collection: Collection = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Whose problems, by commas.")] = "gsm8k,mbpp",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems of each task.")] = None,
+    start: Annotated[int | None, typer.Option(min=0, help="First row; 500 of gsm8k's and 0 of mbpp's if none.")] = None,
+    stop: Annotated[int | None, typer.Option(help="One past the last row.")] = None,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(help="Shuffle rows with this seed; 0 for gsm8k, the file's order for mbpp, if none.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 4,
+    most: Annotated[int, typer.Option(min=1, help="Pairs of one problem, at most.")] = 1,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Where no answer is right, the reference solution is.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    max_new_tokens: NewTokens = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Answers written together.")] = 32,
+    dtype: Dtype = None,
+    base: Base = None,
+    unsafe_code_execution: Annotated[
+        bool, typer.Option("--unsafe-code-execution", help="Run model-written code even where nothing isolates it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Preference pairs from training problems: sample, check, keep right and wrong; resumes."""
+    from fusionroute import collection as collections
+    from fusionroute.evaluation.pairs import PairSettings, describe, make_pairs
+
+    rows = {"start": start, "stop": stop, "shuffle_seed": shuffle_seed}
+    wanted = PairSettings(
+        collection=collections.locate(collection),
+        out=out,
+        data=data,
+        tasks=list(dict.fromkeys(name for name in tasks.split(",") if name)),
+        rows={name: value for name, value in rows.items() if value is not None},
+        limit=limit,
+        samples=samples,
+        most=most,
+        reference=reference,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        dtype=dtype,
+        base=base,
+        unsafe=unsafe_code_execution,
+    )
+    summary = make_pairs(wanted)
+    print("\n".join(describe(summary)), file=sys.stderr)
+    print(json.dumps(summary) if as_json else f"{out}: {summary['pairs']} pairs")

@@ -1,0 +1,140 @@
+"""Answers that a results folder lacks: from engines, by selection among the experts' answers, from Collab.
+
+Each answer is stored as it ends, so that a kill loses only those under way. Knows no score.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionroute import collection as collections
+from fusionroute.baselines.collab import Collab, CollabSettings, TextRequest
+from fusionroute.baselines.selection import select
+from fusionroute.decoding.rows import Request
+from fusionroute.errors import FusionRouteError
+from fusionroute.evaluation.answering import Answer, answer, load_engine
+from fusionroute.evaluation.benchmarks import Item
+from fusionroute.evaluation.names import COLLAB, SELECTION
+from fusionroute.evaluation.reward import RewardModel
+from fusionroute.evaluation.running_reward import RunningReward
+from fusionroute.evaluation.store import Store
+from fusionroute.evaluation.systems import System
+from fusionroute.training.running import Meter
+
+if TYPE_CHECKING:
+    from fusionroute.decoding.engine import Engine
+
+# Rows that Collab advances together; each has as many again as it has candidates.
+COLLAB_ROWS = 4
+
+
+def lacking(keys: Iterable[str | None], items: Iterable[Item], answers: Store) -> dict[str, Item]:
+    """The items without an answer, by key; what failed is tried again."""
+    return {
+        key: item
+        for key, item in zip(keys, items, strict=True)
+        if key is not None and (answers.get(key) or {"error": "missing"})["error"]
+    }
+
+
+def answer_all(
+    systems: Mapping[str, System],
+    todo: Mapping[str, dict[str, Item]],
+    answers: Store,
+    *,
+    batch: int,
+    dtype: str | None,
+    base: str | None,
+) -> None:
+    """Answer the items by key of each system, one system's after another's; a key that two of them have, once."""
+    planned: set[str] = set()
+    own: dict[str, dict[str, Item]] = {}
+    for name, items in todo.items():
+        own[name] = {key: item for key, item in items.items() if key not in planned}
+        planned |= set(items)
+    meter = Meter("answering", len(planned), "answers")
+    loaded: tuple[Path, Engine, Any] | None = None
+    for name, items in own.items():
+        if not items:
+            continue
+        system = systems[name]
+        if loaded is None or loaded[0] != system.folder:
+            loaded = None  # before the next, so that there is one at a time in memory
+            loaded = (system.folder, *load_engine(system.folder, dtype, base))
+        _, engine, tokenizer = loaded
+        meter.title = name
+        requests = [
+            (key, Request(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, **system.policy))
+            for key, item in items.items()
+        ]
+        _keep(name, items, answer(engine, requests, batch), answers, meter)
+    meter.close()
+
+
+def collab_all(
+    items: dict[str, Item],
+    answers: Store,
+    reward: RewardModel,
+    settings: CollabSettings,
+    *,
+    collection: Path,
+    dtype: str | None,
+    base: str | None,
+) -> None:
+    """Answer the items by key with Collab."""
+    if not items:
+        return
+    engine, tokenizer = load_engine(collection, dtype, base)
+    collab = Collab(engine.model, tokenizer, RunningReward(reward), settings, members=engine.members)
+    requests = [
+        (key, TextRequest(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, text=item.prompt))
+        for key, item in items.items()
+    ]
+    meter = Meter(COLLAB, len(items), "answers")
+    _keep(COLLAB, items, answer(collab, requests, COLLAB_ROWS), answers, meter)
+    meter.close()
+
+
+def select_all(
+    experts: Sequence[str],
+    places: Iterable[tuple[str, Item, Sequence[str]]],
+    answers: Store,
+    reward: RewardModel,
+) -> None:
+    """Pick among the experts' answers where that has not been done.
+
+    Args:
+        experts: their names.
+        places: of each item: the key of what is picked, the item, and the keys of the experts' answers.
+    """
+    for key, item, candidates in places:
+        found = [row for row in map(answers.get, candidates) if row is not None and not row["error"]]
+        if answers.get(key) is not None or len(found) < len(experts):
+            continue
+        started = time.perf_counter()
+        rewards = reward.score([(item.prompt, row["text"]) for row in found])
+        row = select(list(zip(experts, found, strict=True)), rewards)
+        row["seconds"] += time.perf_counter() - started
+        _put(key, {**row, "system": SELECTION}, answers)
+
+
+def _keep(
+    name: str, items: Mapping[str, Item], found: Iterable[tuple[str, Answer]], answers: Store, meter: Meter
+) -> None:
+    for key, each in found:
+        item = items[key]
+        _put(key, {"system": name, "item": item.id, "prompt": item.prompt, **each.to_dict()}, answers)
+        meter.advance(1)
+
+
+def _put(key: str, row: dict[str, Any], answers: Store) -> None:
+    try:
+        answers.put(key, row)
+    except FusionRouteError as error:
+        print(f"{row['system']}, item {row['item']}: {error}", file=sys.stderr)
+
+
+def _encode(tokenizer: Any, item: Item) -> list[int]:
+    return collections.encode_chat(tokenizer, [{"role": "user", "content": item.prompt}])

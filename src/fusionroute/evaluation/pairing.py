@@ -1,0 +1,71 @@
+"""Which answers to a problem are right or wrong, and which of them make a pair. Knows no model and no file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusionroute.training.overlap import BenchmarkIndex
+
+PRIMARY = "flexible"  # the metric of both scorers that their task files call primary
+RIGHT, WRONG = "right", "wrong"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer, what became of it and, if it was sampled, its number and seed."""
+
+    text: str
+    verdict: str
+    scores: dict[str, float]
+    sample: int | None = None
+    seed: int | None = None
+
+    def provenance(self) -> dict[str, Any]:
+        if self.sample is None:
+            return {"from": "reference", "scores": self.scores}
+        return {"from": "sample", "sample": self.sample, "seed": self.seed, "scores": self.scores}
+
+
+def pair_up(rights: Sequence[Candidate], wrongs: Sequence[Candidate], most: int) -> list[tuple[Candidate, Candidate]]:
+    """At most `most` pairs of a right and a wrong answer, closest in length first, then in the order drawn.
+
+    No text is taken twice. Of two lengths far apart the bias of Eq. 3, a sum over tokens, says more than of right and
+    wrong.
+    """
+    sides: list[list[Candidate]] = []
+    for answers in (rights, wrongs):
+        first: dict[str, Candidate] = {}
+        for answer in answers:
+            first.setdefault(answer.text, answer)
+        sides.append(list(first.values()))
+    order = sorted(
+        (abs(len(right.text) - len(wrong.text)), r, w)
+        for r, right in enumerate(sides[0])
+        for w, wrong in enumerate(sides[1])
+    )
+    taken: list[tuple[int, int]] = []
+    for _, r, w in order:
+        if len(taken) < most and all(r != other_r and w != other_w for other_r, other_w in taken):
+            taken.append((r, w))
+    return [(sides[0][r], sides[1][w]) for r, w in taken]
+
+
+def unfit(text: str, finish: str, index: BenchmarkIndex) -> str | None:
+    """Why an answer is neither right nor wrong, whatever it says; None if the scorer decides.
+
+    One that ran into the limit of tokens would have, as a training text, an end that nobody wrote.
+    """
+    if finish != "stop":
+        return "cut off"
+    if not text.strip():
+        return "empty"
+    return None if index.overlaps({"text": text}) is None else "overlapping"
+
+
+def verdict(scores: Mapping[str, float], unscored: str | None) -> str:
+    """`right` is what the primary metric says, `wrong` what every metric says; what is neither is not used."""
+    if unscored is not None:
+        return "unscored"
+    if scores[PRIMARY] == 1:
+        return RIGHT
+    return "unclear" if any(scores.values()) else WRONG

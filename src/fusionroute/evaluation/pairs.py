@@ -1,0 +1,348 @@
+"""`fusionroute pairs`: preference pairs from training problems whose answers can be checked (beyond the paper).
+
+The collection answers each problem several times, the benchmark's own scorer tells right from wrong, and (right, wrong)
+pairs are written with all they came from; phase 2 trains on them as format `preference`. Answers and verdicts are kept
+beside the pairs, so a killed run goes on. Stands here and not in `training`, because it needs the engine and the
+scorers; knows nothing of losses.
+"""
+
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fusionroute import collection as collections
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.evaluation.benchmarks import checked
+from fusionroute.evaluation.execution import Limits, require_isolation
+from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, pair_up, unfit, verdict
+from fusionroute.evaluation.scoring import SCORERS
+from fusionroute.evaluation.store import Store, key_of
+from fusionroute.evaluation.systems import System
+from fusionroute.files import staged_file
+from fusionroute.training.overlap import BenchmarkIndex, benchmark_files, drop_overlapping
+from fusionroute.training.rows import DataSpec, find_rows, parse_spec
+
+T = TypeVar("T")
+
+# The recipes hold the first 500 of the shuffled GSM8K rows out.
+ROWS: Mapping[str, DataSpec] = {
+    "gsm8k": DataSpec(format="gsm8k", path="gsm8k/train.jsonl", domain="math", shuffle_seed=0, start=500),
+    "mbpp": DataSpec(format="mbpp", path="mbpp/train.jsonl", domain="code"),
+}
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What to make pairs of, and how.
+
+    Attributes:
+        out: the file of pairs; `NAME.samples.jsonl` beside it keeps answers and verdicts.
+        data: folder with `gsm8k/train.jsonl`, `mbpp/train.jsonl`, and the test files that nothing may share text with.
+        tasks: of `ROWS`.
+        rows: fields of `DataSpec` that replace those in `ROWS` for every task: `start`, `stop`, `shuffle_seed`.
+        limit: problems of each task, the first from `start` on; None is all.
+        samples: answers to each problem.
+        most: pairs of one problem.
+        reference: where no sample is right, the reference solution stands in.
+        seed: an answer's own seed is drawn from it, the prompt and the answer's number.
+        batch: answers written together.
+        unsafe: run model-written code where nothing isolates it.
+    """
+
+    collection: Path
+    out: Path
+    data: Path
+    tasks: Sequence[str] = tuple(ROWS)
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    samples: int = 4
+    most: int = 1
+    reference: bool = False
+    temperature: float = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 400
+    batch: int = 32
+    dtype: str | None = None
+    base: str | None = None
+    unsafe: bool = False
+
+    def sampling(self) -> dict[str, Any]:
+        """What an answer depends on beside weights, prompt and seed."""
+        names = ("temperature", "top_p", "max_new_tokens", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training problem.
+
+    Attributes:
+        source, line: where its row stands.
+        prompt: the messages, as in the training rows of its format.
+        reference: the training row's answer.
+        fields: what the scorer compares with; empty if it can compare with nothing.
+    """
+
+    task: str
+    source: str
+    line: int
+    domain: str
+    prompt: list[dict[str, str]]
+    reference: str
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+def make_pairs(wanted: PairSettings) -> dict[str, Any]:
+    """Sample, check, and write the pairs.
+
+    Returns:
+        `{"pairs", "tasks": {TASK: {"ill_formed", "overlapping", "problems", "unusable", "both", "only_right",
+        "only_wrong", "neither", "pairs", "with_reference", "answers": {VERDICT: count}}}}`: rows that are no problems
+        or share 13 words with a test item; of the problems, how many have a reference that the checker finds wrong or
+        cannot check, how many had right and wrong answers, only the ones, only the others, or neither; pairs, and those
+        with the reference for the right answer.
+
+    Raises:
+        UsageError: an unknown task or an impossible setting; nothing isolates model-written code.
+        FusionRouteError: data that cannot be read, a disk that fills, or not one pair.
+    """
+    _check(wanted)
+    maker = _Maker(wanted)
+    counts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
+    verdicts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
+    problems = [problem for task in wanted.tasks for problem in maker.problems(task, counts[task])]
+    usable = []
+    for problem in _with_progress("checking references", problems):
+        reference = maker.reference(problem)
+        # A checker that finds the reference wrong says nothing about other answers.
+        if reference.verdict == RIGHT:
+            usable.append((problem, reference))
+        else:
+            counts[problem.task]["unusable"] += 1
+    maker.sample([problem for problem, _ in usable])
+    rows = []
+    for problem, reference in _with_progress("checking answers", usable):
+        answers = maker.answers(problem)
+        verdicts[problem.task].update(answer.verdict for answer in answers)
+        rights = [answer for answer in answers if answer.verdict == RIGHT]
+        wrongs = [answer for answer in answers if answer.verdict == WRONG]
+        count = counts[problem.task]
+        count[_KINDS[bool(rights), bool(wrongs)]] += 1
+        if not rights and wanted.reference:
+            rights = [reference]
+        for chosen, rejected in pair_up(rights, wrongs, wanted.most):
+            count["pairs"] += 1
+            count["with_reference"] += chosen is reference
+            rows.append(maker.row(problem, chosen, rejected, answers))
+    summary = {
+        "pairs": len(rows),
+        "tasks": {
+            task: {**{name: counts[task][name] for name in _COUNTS}, "answers": dict(verdicts[task])}
+            for task in wanted.tasks
+        },
+    }
+    if not rows:
+        hint = "draw more --samples" if wanted.reference else "draw more --samples, or take the --reference"
+        raise FusionRouteError(f"no pair for {wanted.out}: {'; '.join(describe(summary))}: {hint}")
+    with staged_file(wanted.out) as scratch:
+        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return summary
+
+
+_KINDS = {(True, True): "both", (True, False): "only_right", (False, True): "only_wrong", (False, False): "neither"}
+_COUNTS = (
+    *("ill_formed", "overlapping", "problems", "unusable"),
+    *("both", "only_right", "only_wrong", "neither", "pairs", "with_reference"),
+)
+
+
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each task of a summary."""
+    lines = []
+    for task, found in summary["tasks"].items():
+        answers = ", ".join(f"{count} {verdict}" for verdict, count in found["answers"].items())
+        text = (
+            f"{task}: {found['pairs']} pairs of {found['problems']} problems ({found['both']} answered right and "
+            f"wrong, {found['only_right']} only right, {found['only_wrong']} only wrong, {found['neither']} neither; "
+            f"answers: {answers or 'none'})"
+        )
+        notes = {
+            "with the reference as the right answer": found["with_reference"],
+            "problems that cannot be checked": found["unusable"],
+            "rows that share 13 words in a row with a test item": found["overlapping"],
+            "ill-formed rows": found["ill_formed"],
+        }
+        lines.append(", ".join([text, *(f"{count} {what}" for what, count in notes.items() if count)]))
+    return lines
+
+
+def _check(wanted: PairSettings) -> None:
+    from fusionroute.decoding.sampling import Sampling
+
+    unknown = [task for task in wanted.tasks if task not in ROWS]
+    if unknown or not wanted.tasks:
+        raise UsageError(f"no pairs of {', '.join(unknown) or 'nothing'}: answers can be checked of {', '.join(ROWS)}")
+    for name in ("limit", "samples", "most", "max_new_tokens", "batch"):
+        if (value := getattr(wanted, name)) is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    if wanted.out.is_dir():
+        raise UsageError(f"--out {wanted.out} is a folder: name a file, such as {wanted.out / 'pairs.jsonl'}")
+    Sampling(wanted.temperature, top_p=wanted.top_p)
+    if wanted.temperature == 0:
+        raise UsageError("temperature must be above 0: greedy answers are all the same")
+    if "mbpp" in wanted.tasks:
+        require_isolation(wanted.unsafe)
+
+
+class _Maker:
+    """What is known while pairs are made: the weights that answer, the test items, and the store."""
+
+    def __init__(self, wanted: PairSettings) -> None:
+        self.wanted = wanted
+        config = collections.read_config(wanted.collection)
+        self.identity = System("fusionroute", wanted.collection).identity(config, wanted.base)
+        self.store = Store(wanted.out.with_suffix(".samples.jsonl"))
+        files = benchmark_files(wanted.data)
+        if not files:
+            print(f"no benchmark test files under {wanted.data}: nothing to compare problems with", file=sys.stderr)
+        self.index = BenchmarkIndex.from_files(files)
+
+    def problems(self, task: str, count: Counter[str]) -> list[Problem]:
+        """The problems asked for, without those that share text with a test item; counts these and what was no row."""
+        spec = parse_spec({**ROWS[task].model_dump(), **self.wanted.rows})
+        if self.wanted.limit is not None:
+            last = spec.start + self.wanted.limit
+            spec = spec.model_copy(update={"stop": last if spec.stop is None else min(last, spec.stop)})
+        found, ill_formed = find_rows(spec, self.wanted.data)
+        overlapping = {place for place, _ in drop_overlapping([each.row for each in found], self.index)[1]}
+        problems = []
+        for place, (line, raw, row) in enumerate(found):
+            if place not in overlapping:
+                fields, defect = checked(task, raw)
+                *prompt, answer = row["messages"]
+                fields = {} if defect else fields
+                problems.append(Problem(task, spec.path, line, spec.domain, prompt, answer["content"], fields))
+        count.update(ill_formed=ill_formed, overlapping=len(overlapping), problems=len(problems))
+        return problems
+
+    def sample(self, problems: Sequence[Problem]) -> None:
+        """Write the answers that are missing; one that fails is tried again by the next run."""
+        from fusionroute.decoding.rows import Request
+        from fusionroute.decoding.sampling import Sampling
+        from fusionroute.evaluation.answering import answer, load_engine
+        from fusionroute.training.running import Meter
+
+        wanted = self.wanted
+        todo = {
+            key: (problem, seed)
+            for problem in problems
+            for key, seed in map(self._draw, [problem] * wanted.samples, range(wanted.samples))
+            if self.store.get(key) is None
+        }
+        if not todo:
+            return
+        engine, tokenizer = load_engine(wanted.collection, wanted.dtype, wanted.base)
+        requests = (
+            (
+                key,
+                Request(
+                    collections.encode_chat(tokenizer, problem.prompt),
+                    wanted.max_new_tokens,
+                    Sampling(wanted.temperature, top_p=wanted.top_p, seed=seed),
+                ),
+            )
+            for key, (problem, seed) in todo.items()
+        )
+        meter = Meter("sampling", len(todo), "answers")
+        for key, found in answer(engine, requests, wanted.batch):
+            problem, seed = todo[key]
+            if found.error is None:
+                row = {"finish": found.finish, "tokens": found.tokens, "text": found.text}
+                self.store.put(key, {"problem": problem.name, "seed": seed, **row})
+            else:
+                print(f"{problem.name}: {found.error}", file=sys.stderr)
+            meter.advance(1)
+        meter.close()
+
+    def _draw(self, problem: Problem, number: int) -> tuple[str, int]:
+        """Key and seed of an answer."""
+        seed = int(key_of("seed", self.wanted.seed, problem.prompt, number)[:8], 16)
+        return key_of("answer", self.identity, problem.prompt, self.wanted.sampling(), seed), seed
+
+    def reference(self, problem: Problem) -> Candidate:
+        """The reference solution with what the checker says of it."""
+        if not problem.fields:
+            return Candidate(problem.reference, "unscored", {})
+        return self._candidate(problem, problem.reference, "stop")
+
+    def answers(self, problem: Problem) -> list[Candidate]:
+        """The problem's answers with their verdicts, in the order drawn."""
+        found = []
+        for number in range(self.wanted.samples):
+            key, seed = self._draw(problem, number)
+            row = self.store.get(key)
+            if row is None:
+                found.append(Candidate("", "failed", {}, number, seed))
+            else:
+                found.append(self._candidate(problem, row["text"], row["finish"], sample=number, seed=seed))
+        return found
+
+    def _candidate(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
+        reason = unfit(text, finish, self.index)
+        if reason is not None:
+            return Candidate(text, reason, {}, **drawn)
+        score = self._score(problem, text)
+        return Candidate(text, verdict(score["scores"], score["unscored"]), score["scores"], **drawn)
+
+    def _score(self, problem: Problem, text: str) -> dict[str, Any]:
+        """The stored score of an answer, else a new one; one that could not be scored is tried again."""
+        conditions = {"python": platform.python_version_tuple()[:2], "limits": asdict(Limits())}
+        key = key_of("score", problem.task, problem.fields, text, conditions)
+        known = self.store.get(key)
+        if known is None or known["unscored"] is not None:
+            found = SCORERS[problem.task](problem.fields, text, unsafe=self.wanted.unsafe)
+            known = {"problem": problem.name, "scores": found.scores, "unscored": found.unscored}
+            self.store.put(key, known)
+        return known
+
+    def row(
+        self, problem: Problem, chosen: Candidate, rejected: Candidate, answers: Sequence[Candidate]
+    ) -> dict[str, Any]:
+        """A pair as it is written."""
+        wanted = self.wanted
+        return {
+            "prompt": problem.prompt,
+            "chosen": [{"role": "assistant", "content": chosen.text}],
+            "rejected": [{"role": "assistant", "content": rejected.text}],
+            "domain": problem.domain,
+            "provenance": {
+                "source": problem.source,
+                "line": problem.line,
+                "checker": problem.task,
+                "chosen": chosen.provenance(),
+                "rejected": rejected.provenance(),
+                "verdicts": [answer.verdict for answer in answers],
+                "sampling": {**wanted.sampling(), "seed": wanted.seed, "samples": wanted.samples},
+                "identity": self.identity,
+            },
+        }
+
+
+def _with_progress(title: str, items: Sequence[T]) -> Iterator[T]:
+    from fusionroute.training.running import Meter
+
+    meter = Meter(title, len(items), "problems")
+    for item in items:
+        yield item
+        meter.advance(1)
+    meter.close()

@@ -1,0 +1,115 @@
+"""What a recipe may say: its sections as pydantic models, and reading one from YAML. Runs nothing."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from fusionroute.errors import UsageError
+from fusionroute.training.lora import LoraSettings
+from fusionroute.training.rows import DataSpec
+
+
+class _Section(pydantic.BaseModel, extra="forbid"):
+    pass
+
+
+class ExpertSection(_Section):
+    """One expert: with `data` a LoRA trained on the base, without it a model used as it is."""
+
+    name: str
+    description: str = ""
+    source: str | None = None  # None: the recipe's base
+    revision: str | None = None
+    adapter: str | None = None
+    data: list[DataSpec] = []
+    lora: LoraSettings = LoraSettings()
+    training: dict[str, Any] = {}
+
+
+class RouterSection(_Section):
+    """The router: where it starts from, and whether an adapter or every weight trains."""
+
+    source: str | None = None  # None: the recipe's base
+    revision: str | None = None
+    lora: LoraSettings | None = LoraSettings(r=16, alpha=32)
+
+
+class PhaseSection(_Section):
+    """One phase of router training: its rows, and fields of `RouterArguments`."""
+
+    data: list[DataSpec]
+    training: dict[str, Any] = {}
+
+
+class FinetunedSection(_Section):
+    """The baseline "Fine-tuned Model": the router's LoRA and data without routing and experts, SFT and then DPO.
+
+    Rows and settings are those of the sections `sft` and `cdpo`; `training` and `dpo` override fields of trl's
+    `SFTConfig` and `DPOConfig`.
+    """
+
+    training: dict[str, Any] = {}
+    dpo: dict[str, Any] = {}
+
+
+class RewardSection(_Section):
+    """A reward model on the router's base: `selection` chooses among answers, `judge` compares systems.
+
+    `training` are fields of trl's `RewardConfig`. No pair may be in the data of two of them, in that of `cdpo`, or in
+    what is held out.
+    """
+
+    name: Literal["selection", "judge"]
+    data: list[DataSpec] = Field(min_length=1)
+    heldout: list[DataSpec] = Field(min_length=1)
+    lora: LoraSettings = LoraSettings(r=4, alpha=8)
+    training: dict[str, Any] = {}
+
+
+class Recipe(_Section):
+    """A whole recipe; every key is commented in `recipes/smollm2.yaml`."""
+
+    name: str = Field(pattern=r"[a-z][a-z0-9._-]*")
+    base: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_length: int | None = 512
+    alpha: float = 1.0
+    experts: list[ExpertSection] = Field(min_length=1)
+    router: RouterSection = RouterSection()
+    sft: PhaseSection
+    cdpo: PhaseSection | None = None
+    finetuned: FinetunedSection | None = None
+    rewards: list[RewardSection] = []
+    heldout: list[DataSpec] = []
+    benchmarks: list[str] | None = None  # files to keep out of training; None: those known under --data
+
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _one_of_each_name(cls, rewards: list[RewardSection]) -> list[RewardSection]:
+        names = [reward.name for reward in rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"one of each name, not {', '.join(names)}")
+        return rewards
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UsageError: missing, not YAML, or an unknown or impossible key; one line that names it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: name a recipe file, such as recipes/smollm2.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        raise UsageError(f"{path}: {'; '.join(problems)}") from None

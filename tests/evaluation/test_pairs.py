@@ -1,0 +1,281 @@
+"""Pairs from checkers on a tiny random collection: its own words are made the right answers."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusionroute.decoding.engine import Engine
+from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.evaluation.extraction import last_number
+from fusionroute.evaluation.pairs import ROWS, PairSettings, describe, make_pairs
+from fusionroute.recipe import load_recipe
+from fusionroute.training.rows import find_rows
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2.yaml"
+QUESTIONS = [f"How many cows has farmer {number}?" for number in range(8)]
+MBPP = {
+    "text": "Write a function to add two numbers.",
+    "code": "def add(a, b):\n    return a + b",
+    "test_list": ["assert add(1, 2) == 3", "assert add(2, 2) == 4"],
+    "test_setup_code": "",
+    "task_id": 601,
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open()]
+
+
+def stored(wanted: PairSettings) -> list[dict[str, Any]]:
+    """The answers beside the pairs, verdicts left out."""
+    return [row for row in read(wanted.out.with_suffix(".samples.jsonl")) if "text" in row]
+
+
+def answers_of(questions: list[str], answer: str = "So #### 123456789") -> list[dict[str, Any]]:
+    return [{"question": question, "answer": answer} for question in questions]
+
+
+def settings(folder: Path, out: Path, **more: Any) -> PairSettings:
+    """Hot enough that a random model comes to an end now and then, and says a number now and then."""
+    given: dict[str, Any] = {"tasks": ["gsm8k"], "rows": {"start": 0, "stop": 8}, "samples": 12, "temperature": 1.5}
+    return PairSettings(folder, out / "pairs.jsonl", out / "data", **{**given, "max_new_tokens": 60, **more})
+
+
+@pytest.fixture(scope="module")
+def folder(make_collection: Callable[[str], Path]) -> Path:
+    return make_collection("adapters")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PairSettings, dict[str, Any]]:
+    """Pairs of eight problems, one of which has an answer that was given to it, and their summary."""
+    out = tmp_path_factory.mktemp("pairs")
+    wanted = settings(folder, out)
+    write(out / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS))
+    with pytest.raises(FusionRouteError, match="no pair"):
+        make_pairs(wanted)
+    said: dict[int, set[Any]] = {}
+    for row in stored(wanted):
+        if row["finish"] == "stop" and row["text"].strip():
+            said.setdefault(int(row["problem"].rpartition(":")[2]), set()).add(last_number(row["text"]))
+    line, number = next((n, max(v - {None})) for n, v in said.items() if len(v) > 1 and v != {None})
+    rows = answers_of(QUESTIONS)
+    rows[line - 1]["answer"] = f"Counted. #### {number}"
+    write(out / "data" / "gsm8k" / "train.jsonl", rows)
+    return wanted, make_pairs(wanted)
+
+
+def test_a_pair_is_a_right_and_a_wrong_answer_of_one_problem(made: tuple[PairSettings, dict[str, Any]]) -> None:
+    wanted, _ = made
+    (pair,) = read(wanted.out)
+    right = last_number(read(wanted.data / "gsm8k" / "train.jsonl")[pair["provenance"]["line"] - 1]["answer"])
+    assert last_number(pair["chosen"][0]["content"]) == right
+    assert last_number(pair["rejected"][0]["content"]) != right
+
+
+def test_the_prompt_is_that_of_the_training_rows(made: tuple[PairSettings, dict[str, Any]]) -> None:
+    wanted, _ = made
+    (pair,) = read(wanted.out)
+    spec = ROWS["gsm8k"].model_copy(update=dict(wanted.rows))
+    rows = {found.number: found.row for found in find_rows(spec, wanted.data)[0]}
+    assert pair["prompt"] == rows[pair["provenance"]["line"]]["messages"][:-1]
+
+
+def test_provenance_names_the_samples(made: tuple[PairSettings, dict[str, Any]]) -> None:
+    wanted, _ = made
+    (pair,) = read(wanted.out)
+    by_seed = {row["seed"]: row for row in stored(wanted)}
+    for side in ("chosen", "rejected"):
+        drawn = pair["provenance"][side]
+        assert by_seed[drawn["seed"]]["text"] == pair[side][0]["content"]
+        assert by_seed[drawn["seed"]]["problem"] == f"gsm8k/train.jsonl:{pair['provenance']['line']}"
+        assert pair["provenance"]["verdicts"][drawn["sample"]] == {"chosen": "right", "rejected": "wrong"}[side]
+
+
+def test_provenance_names_weights_and_settings(made: tuple[PairSettings, dict[str, Any]]) -> None:
+    (pair,) = read(made[0].out)
+    assert set(pair["provenance"]["identity"]["weights"]) == {"router", "math", "code", "route_head"}
+    assert pair["provenance"]["sampling"] == {
+        "temperature": 1.5, "top_p": 1.0, "max_new_tokens": 60, "dtype": None, "seed": 0, "samples": 12
+    }  # fmt: skip
+    assert pair["domain"] == "math"
+
+
+def test_every_problem_and_answer_is_in_the_summary(made: tuple[PairSettings, dict[str, Any]]) -> None:
+    found = made[1]["tasks"]["gsm8k"]
+    assert made[1]["pairs"] == found["pairs"] == found["both"] == 1
+    assert found["both"] + found["only_right"] + found["only_wrong"] + found["neither"] == found["problems"] == 8
+    assert sum(found["answers"].values()) == 8 * 12
+    assert "gsm8k: 1 pairs of 8 problems (1 answered right and wrong" in describe(made[1])[0]
+
+
+def test_no_answer_is_written_twice(made: tuple[PairSettings, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, summary = made
+    before = {path: path.read_bytes() for path in wanted.out.parent.glob("*.jsonl")}
+    monkeypatch.delattr(Engine, "step")
+    assert make_pairs(wanted) == summary
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_answers_do_not_depend_on_batch_or_on_other_problems(
+    made: tuple[PairSettings, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS[2:4]))
+    alone = settings(folder, tmp_path, rows={"start": 0}, batch=3, samples=3)
+    with pytest.raises(FusionRouteError, match="no pair"):
+        make_pairs(alone)
+    texts = {row["seed"]: row["text"] for row in stored(made[0])}
+    assert len(stored(alone)) == 6
+    assert all(texts[row["seed"]] == row["text"] for row in stored(alone))
+
+
+def test_a_killed_run_goes_on(made: tuple[PairSettings, dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(made[0], out=tmp_path / "pairs.jsonl")
+    command = [sys.executable, "-m", "fusionroute", "pairs", "-c", folder, "--data", wanted.data, "--out", wanted.out]
+    options = ["--tasks", "gsm8k", "--start", 0, "--stop", 8, "--samples", 12, "--temperature", 1.5]
+    words = [*map(str, [*command, *options, "--max-new-tokens", 60, "--batch", 1])]
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, until = tmp_path / "pairs.samples.jsonl", time.monotonic() + 120
+    while time.monotonic() < until and child.poll() is None and (not path.exists() or len(stored(wanted)) < 3):
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not wanted.out.exists()
+    half = path.read_bytes().rpartition(b"\n")[0]
+    assert make_pairs(wanted) == made[1]
+    assert path.read_bytes().startswith(half)
+    assert len(stored(wanted)) == len(stored(made[0]))
+    assert wanted.out.read_bytes() == made[0].out.read_bytes()
+
+
+def test_the_reference_stands_in_where_no_answer_is_right(
+    made: tuple[PairSettings, dict[str, Any]], tmp_path: Path
+) -> None:
+    wanted = dataclasses.replace(made[0], out=tmp_path / "pairs.jsonl", reference=True)
+    (tmp_path / "pairs.samples.jsonl").write_bytes(made[0].out.with_suffix(".samples.jsonl").read_bytes())
+    found = make_pairs(wanted)["tasks"]["gsm8k"]
+    pairs = [pair for pair in read(wanted.out) if pair["provenance"]["chosen"]["from"] == "reference"]
+    assert found["with_reference"] == len(pairs) == found["only_wrong"] > 0
+    assert found["pairs"] == found["with_reference"] + 1
+    assert all(pair["chosen"][0]["content"] == "So #### 123456789" for pair in pairs)
+    assert all(pair["provenance"]["rejected"]["from"] == "sample" for pair in pairs)
+
+
+def test_programs_are_run(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "mbpp" / "train.jsonl", [MBPP, MBPP | {"text": "Add.", "code": "def add(a, b): pass"}])
+    found = make_pairs(settings(folder, tmp_path, tasks=["mbpp"], rows={}, samples=24, reference=True))
+    (pair,) = read(tmp_path / "pairs.jsonl")
+    assert found["tasks"]["mbpp"]["unusable"] == 1
+    assert pair["chosen"][0]["content"] == f"```python\n{MBPP['code']}\n```"
+    assert pair["provenance"]["chosen"] == {"from": "reference", "scores": {"strict": 1.0, "flexible": 1.0}}
+    assert pair["provenance"]["rejected"]["scores"] == {"strict": 0.0, "flexible": 0.0}
+    assert pair["prompt"][0]["content"].endswith("pass these tests:\nassert add(1, 2) == 3\nassert add(2, 2) == 4")
+
+
+def test_a_problem_that_cannot_be_checked_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS, "Nobody knows."))
+    with pytest.raises(FusionRouteError, match="8 problems that cannot be checked"):
+        make_pairs(settings(folder, tmp_path))
+    assert not (tmp_path / "pairs.samples.jsonl").exists()
+
+
+def test_a_problem_that_shows_a_test_item_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    shared = "A farmer has twelve cows and buys three more, so how many cows has he got now?"
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of([shared, QUESTIONS[0]]))
+    write(tmp_path / "data" / "gsm8k" / "test.jsonl", answers_of([shared]))
+    with pytest.raises(FusionRouteError, match=r"of 1 problems.* 1 rows that share 13 words"):
+        make_pairs(settings(folder, tmp_path, samples=1))
+
+
+def test_a_problem_that_does_not_fit_the_context_is_told_and_the_others_are_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(["cows " * 600, QUESTIONS[0]]))
+    with pytest.raises(FusionRouteError, match="1 failed"):
+        make_pairs(settings(folder, tmp_path, samples=1))
+    assert "gsm8k/train.jsonl:1: " in capsys.readouterr().err
+    assert len(stored(settings(folder, tmp_path))) == 1
+
+
+def test_rows_that_the_recipe_holds_out_are_left_out() -> None:
+    held = [spec for spec in load_recipe(RECIPE).heldout if spec.path in {each.path for each in ROWS.values()}]
+    assert held
+    for spec in held:
+        mine = next(each for each in ROWS.values() if each.path == spec.path)
+        assert spec.stop is not None
+        assert (mine.format, mine.shuffle_seed) == (spec.format, spec.shuffle_seed)
+        assert mine.start >= spec.stop
+
+
+def test_limit_and_start_choose_the_problems(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS))
+    with pytest.raises(FusionRouteError, match="no pair"):
+        make_pairs(settings(folder, tmp_path, rows={"start": 3, "shuffle_seed": 5}, limit=2, samples=1))
+    order = list(range(8))
+    random.Random(5).shuffle(order)
+    assert {row["problem"] for row in stored(settings(folder, tmp_path))} == {
+        f"gsm8k/train.jsonl:{index + 1}" for index in order[3:5]
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tasks": ["math500"]}, "no pairs of math500"),
+        ({"tasks": []}, "no pairs of nothing"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"top_p": 1.5}, "top_p must be in"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(more: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_pairs(settings(folder, tmp_path, **more))
+
+
+def test_phase_two_trains_on_the_pairs(
+    made: tuple[PairSettings, dict[str, Any]], folder: Path, tmp_path: Path, run: Callable
+) -> None:
+    wanted, _ = made
+    lines = wanted.out.read_text() + json.dumps({"prompt": "Which?", "chosen": "This.", "rejected": " "}) + "\n"
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    entry = {"format": "preference", "path": "pairs.jsonl", "domain": "math"}
+    training = {"max_steps": 2, "per_device_train_batch_size": 1, "learning_rate": 0.005}
+    recipe = {
+        "name": "pairs", "base": "unused", "dtype": "float32", "experts": [{"name": "math"}], "benchmarks": [],
+        "sft": {"data": []}, "cdpo": {"data": [entry], "training": training},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["--recipe", tmp_path / "recipe.yaml", "--data", tmp_path, "--out", tmp_path / "trained"]
+    code, _, error = run("train", "cdpo", folder, *words, "--annotations", tmp_path / "annotations")
+    assert code == 0, error
+    assert "1 rows; left out: 1 ill-formed" in error
+    before, after = (path / "router" / "adapter_model.safetensors" for path in (folder, tmp_path / "trained"))
+    assert before.read_bytes() != after.read_bytes()
+
+
+def test_the_command_says_what_came_of_it(made: tuple[PairSettings, dict[str, Any]], run: Callable) -> None:
+    wanted, summary = made
+    words = ["-c", wanted.collection, "--data", wanted.data, "--out", wanted.out, "--tasks", "gsm8k", "--start", 0]
+    options = ["--stop", 8, "--samples", 12, "--temperature", 1.5, "--max-new-tokens", 60, "--json"]
+    code, out, error = run("pairs", *words, *options)
+    assert code == 0
+    assert json.loads(out) == summary
+    assert describe(summary)[0] in error

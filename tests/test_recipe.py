@@ -1,5 +1,6 @@
 """Recipes: what is refused, what is skipped, what survives a kill."""
 
+import itertools
 import json
 import os
 import signal
@@ -50,11 +51,23 @@ def test_no_held_out_row_is_trained_on(path: Path) -> None:
     loaded = recipe.load_recipe(path)
     trained = [s for e in loaded.experts for s in e.data] + loaded.sft.data + (loaded.cdpo.data if loaded.cdpo else [])
     for held in loaded.heldout:
-        for spec in trained + [s for reward in loaded.rewards for s in reward.data]:
+        for spec in trained:
             if (spec.path, spec.format) == (held.path, held.format):
                 assert spec.shuffle_seed == held.shuffle_seed
                 stop = held.stop if held.stop is not None else 10**9
                 assert spec.start >= stop or (spec.stop or 10**9) <= held.start
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_no_pair_is_in_two_places(path: Path) -> None:
+    loaded = recipe.load_recipe(path)
+    trained = [loaded.cdpo.data if loaded.cdpo else [], *(reward.data for reward in loaded.rewards)]
+    held = [spec for reward in loaded.rewards for spec in reward.heldout]
+    for one, others in [(held, trained), *((each, [o for o in trained if o is not each]) for each in trained)]:
+        for spec, other in itertools.product(one, itertools.chain.from_iterable(others)):
+            if spec.path == other.path:
+                assert spec.shuffle_seed == other.shuffle_seed
+                assert spec.start >= (other.stop or 10**9) or other.start >= (spec.stop or 10**9)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)

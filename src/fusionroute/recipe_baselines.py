@@ -33,6 +33,11 @@ def check_baselines(run: Run) -> None:
     """
     if run.recipe.finetuned is not None and run.recipe.router.lora is None:
         raise UsageError("finetuned trains a LoRA of the router's shape, and the router has none: set router.lora")
+    for section in run.recipe.rewards:
+        for spec in (*section.data, *section.heldout):
+            strangers = sum("chosen" not in row for row in run.rows([spec], f"pairs of {section.name}"))
+            if strangers:
+                raise UsageError(f"reward model {section.name}: {strangers} rows of {spec.path} are no pairs")
     trained: dict[str, dict[str, dict]] = {}
     held: dict[str, dict[str, dict]] = {}
     if run.recipe.rewards and run.recipe.cdpo is not None:

@@ -1,5 +1,6 @@
 """Collab against brute force on tiny models: no cache, no fork, every rollout from the whole row."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from tests.conftest import SHAPES
 from fusionroute import FusionRouteForCausalLM, load_tokenizer
 from fusionroute.baselines.collab import Collab, CollabSettings, TextRequest
 from fusionroute.decoding.members import Members
+from fusionroute.decoding.rows import ALL
 from fusionroute.errors import UsageError
 
 PROMPTS = ([1, 40, 41, 42, 43], [9, 12] * 6, list(range(20, 43)))
@@ -21,10 +23,11 @@ class Likes:
 
     def __init__(self) -> None:
         self.rows: set[int] = set()
+        self.broken: set[int] = set()
 
     def __call__(self, row: int, prompt: str, answers: Sequence[str]) -> list[float]:
         self.rows.add(row)
-        return [like(prompt, answer) for answer in answers]
+        return [math.nan if row in self.broken else like(prompt, answer) for answer in answers]
 
     def forget(self, row: int) -> None:
         self.rows.discard(row)
@@ -89,12 +92,11 @@ def brute_force(
                     value -= settings.alpha * sum(float(mine[i, whole[i + 1]] - theirs[i, whole[i + 1]]) for i in at)
                 proposals.append((value, token, expert))
         best = max(proposals, key=lambda proposal: proposal[0])  # the first of equals
-        if len({token for _, token, _ in proposals}) == 1:
-            best = proposals[0]
         if best[1] in ends:
             break
         ids.append(best[1])
-        written.append((best[1], model.config.expert_names[best[2]]))
+        disputed = len({token for _, token, _ in proposals}) > 1
+        written.append((best[1], model.config.expert_names[best[2]] if disputed else ALL))
     return written
 
 
@@ -156,12 +158,32 @@ def test_nothing_is_left_in_memory(loaded: Callable[[str], tuple[FusionRouteForC
 
 def test_what_all_propose_is_not_rolled_out(loaded: Callable[[str], tuple[FusionRouteForCausalLM, Any]]) -> None:
     model, tokenizer = loaded("adapters")
-    collab = Collab(model, tokenizer, Likes(), CollabSettings(candidates=1))
+    likes = Likes()
+    collab = Collab(model, tokenizer, likes, CollabSettings(candidates=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collab, "_logprobs", lambda jobs: torch.eye(model.config.vocab_size)[[7] * len(jobs)])
         collab.submit(TextRequest(PROMPTS[0], NEW, text="the prompt"))
         (event,) = collab.step()
-    assert ([token.id for token in event.tokens], collab.rolled_out) == ([7], 0)
+    assert [(token.id, token.expert) for token in event.tokens] == [(7, ALL)]
+    assert not likes.rows
+
+
+def test_a_reward_that_is_no_number_ends_its_row_alone(
+    loaded: Callable[[str], tuple[FusionRouteForCausalLM, Any]],
+) -> None:
+    model, tokenizer = loaded("adapters")
+    likes = Likes()
+    collab = Collab(model, tokenizer, likes, SETTINGS[0])
+    first, second = (collab.submit(TextRequest(prompt, NEW, text="the prompt")) for prompt in PROMPTS[:2])
+    likes.broken.add(first)
+    written = {first: 0, second: 0}
+    failed = []
+    while collab.active:
+        for event in collab.step():
+            written[event.row] += len(event.tokens)
+            failed += [event.row] if event.finish == "error" else []
+    assert (failed, written[second]) == ([first], NEW)
+    assert (collab.members.allocated, likes.rows) == (0, set())
 
 
 @pytest.mark.parametrize("wrong", [{"candidates": 0}, {"top_p": 0.0}, {"rollout": -1}, {"alpha": -1.0}])

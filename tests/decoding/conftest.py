@@ -1,5 +1,6 @@
 """What the reference model writes, token by token, for a pool of prompts and ways of sampling."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,7 +86,11 @@ def reference(collection: Callable[[str], FusionRouteForCausalLM]) -> Callable[[
 
 @pytest.fixture(scope="module")
 def always_drafting() -> Iterator[None]:
-    """Draft as much as may be at every step, whatever it costs: what pays on tiny models would be left to chance."""
+    """Draft as much as may be, a little, or nothing, in turn and whatever it costs.
+
+    What pays on tiny models would be left to chance.
+    """
+    turns = itertools.cycle((8, 8, 0, 8, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Acceptance, "count", lambda self, price: self.longest)
+        patch.setattr(Acceptance, "count", lambda self, price: min(next(turns), self.longest))
         yield

@@ -60,7 +60,15 @@ def test_no_json_breaks_the_reader(value: Any) -> None:
     parse(json.dumps(value))
 
 
-@pytest.mark.parametrize("text", ['{"a":' * 9000, "{" * 20_000, '{"a":' + "[" * 15_000, '{"score_a":' + "9" * 9000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":' * 9000,
+        "{" * 20_000,
+        '{"a":' + "[" * 15_000,
+        '{"score_a":' + "9" * 9000,
+    ],
+)
 def test_depth_does_not_break_the_reader(text: str) -> None:
     assert parse(text) is None
 
@@ -162,6 +170,19 @@ def test_who_wants_too_long_a_wait_is_not_asked_again(serve: Serve) -> None:
     fake, endpoint = serve((429, {"Retry-After": "3600"}, "slow down"))
     assert "429" in endpoint.compare("p", "x", "y")["unscored"]
     assert len(fake.bodies) == 1
+
+
+def test_a_score_beyond_all_numbers_is_none() -> None:
+    found = parse('{"score_a": ' + "9" * 400 + ', "score_b": 3, "better": "A"}')
+    assert found is not None
+    assert (found.better, found.scores) == ("A", (None, 3.0))
+
+
+def test_a_judge_that_never_decides_is_given_up(serve: Serve) -> None:
+    fake, endpoint = serve(*["I think both are nice."] * 6, tries=1, at_once=1)
+    found = compare_all(endpoint, 9)
+    assert len(fake.bodies) == 6
+    assert "in a row" in found[-1]["unscored"]
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "-5", "", "inf"])

@@ -22,6 +22,7 @@ from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import page, report
 from fusionroute.evaluation.evaluate import TASKS, Evaluation, evaluate
 from fusionroute.evaluation.names import ORACLE
+from fusionroute.evaluation.reward import RewardModel
 from fusionroute.evaluation.store import Store
 from fusionroute.evaluation.systems import every_name
 
@@ -269,3 +270,52 @@ def test_a_folder_without_an_evaluation_has_no_report(run: Callable, tmp_path: P
     code, _, error = run("report", tmp_path)
     assert code == 1
     assert "fusionroute evaluate" in error
+
+
+def test_collab_alone_needs_no_answers_of_the_experts(folder: Path, tmp_path: Path) -> None:
+    reward = reward_model(folder, tmp_path / "reward", 0)
+    evaluate(small(folder, tmp_path / "out", systems=["collab"], reward=reward, collab=QUICK, collab_limit=1))
+    assert len(answers_in(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"collab": CollabSettings(reference="nobody")}, "nobody"),
+        ({"tasks": ["nothing"]}, "nothing"),
+        (
+            {"tasks": ["gsm8k", "general"], "systems": ["fusionroute", "collab"], "against": "collab"},
+            "--against collab",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(
+    wrong: dict[str, Any], told: str, folder: Path, tmp_path: Path
+) -> None:
+    reward = reward_model(folder, tmp_path / "reward", 0)
+    with pytest.raises(UsageError, match=told):
+        evaluate(small(folder, tmp_path / "out", **{"reward": reward, "judge": reward, **wrong}))
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_an_answer_to_a_general_prompt_that_is_missing_is_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "put", lambda store, key, row: None)
+    evaluate(small(folder, tmp_path, tasks=["general"], systems=["expert:math"], limit=1))
+    found = report.read(tmp_path)
+    assert report.unscored(found) == 1
+    assert "expert:math has no answer to 1 items of general" in report.as_markdown(found)
+
+
+def test_a_reward_that_is_no_number_selects_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = reward_model(folder, tmp_path / "reward", 0)
+    monkeypatch.setattr(RewardModel, "score", lambda model, pairs: [float("nan")] * len(pairs))
+    wanted = small(folder, tmp_path / "out", systems=["sequence-selection"], reward=reward, limit=1)
+    evaluate(wanted)
+    assert report.unscored(report.read(wanted.out)) == 1
+    monkeypatch.undo()
+    evaluate(wanted)
+    assert report.unscored(report.read(wanted.out)) == 0

@@ -266,7 +266,7 @@ def test_measured_rows_are_kept(results: Evaluation, monkeypatch: pytest.MonkeyP
 
 def test_an_item_that_cannot_be_measured_is_marked_once(results: Evaluation, tmp_path: Path) -> None:
     benchmarks = [load_task("gsm8k", DATA, limit=2)]
-    identity = {"weights": {}, "vocab_size": 300}
+    identity = {"weights": {}, "text": "t", "vocab_size": 300}
     planned, store = forced.plan(benchmarks, identity, 1.0, None), Store(tmp_path / "forced.jsonl")
     tokenizer = load_tokenizer(results.collection)
 
@@ -292,10 +292,11 @@ def test_keys_tell_weights_prompts_and_settings_apart() -> None:
     def key(identity: dict[str, Any], alpha: float = 1.0, dtype: str | None = None) -> Any:
         return forced.plan(benchmarks, identity, alpha, dtype)["tasks"]["gsm8k"][0]
 
-    one = {"weights": {"router": ["a"]}, "vocab_size": 300, "policy": {"alpha": 1.0}}
+    one = {"weights": {"router": ["a"]}, "text": "t", "vocab_size": 300, "policy": {"alpha": 1.0}}
     other = {**one, "weights": {"router": ["b"]}}
-    assert len({key(one), key(other), key(one, alpha=0.3), key(one, dtype="float32")}) == 4
-    # The sweep holds it already.
+    template = {**one, "text": "another"}
+    assert len({key(one), key(other), key(template), key(one, alpha=0.3), key(one, dtype="float32")}) == 5
+    # All α of the sweep are measured anyway.
     assert key(one) == key({**one, "policy": {"alpha": 0.5}}, alpha=0.5)
 
 

@@ -73,3 +73,10 @@ def test_the_highest_reward_wins_and_the_first_of_equals() -> None:
 def test_a_selected_answer_costs_what_all_of_them_cost() -> None:
     found = select([("a", row("x")), ("b", row("yy"))], [0.0, 1.0])
     assert (found["seconds"], found["passes"], found["pieces"]) == (4.0, 6.0, [["b", "yy", 2]])
+
+
+def test_a_classifier_of_several_labels_is_refused(base: Path, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    with pytest.raises(FusionRouteError, match="one label"):
+        RewardModel(str(tmp_path))

@@ -40,6 +40,18 @@ def test_beginnings_that_are_read_once_score_the_same(reward: RewardModel) -> No
             assert running(row, prompt, answers) == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_end_that_is_padding_is_not_what_is_scored(reward: RewardModel) -> None:
+    before, last = reward.tokenizer.pad_token, reward.encode("Tell me", "a")[-1]
+    reward.tokenizer.pad_token = reward.tokenizer.convert_ids_to_tokens(last)
+    reward.model.config.pad_token_id = last
+    running = RunningReward(reward)
+    for answers in GROWING:
+        expected = reward.score([("Tell me", answer) for answer in answers])
+        assert running(0, "Tell me", answers) == pytest.approx(expected, abs=1e-4)
+    reward.tokenizer.pad_token = before
+    reward.model.config.pad_token_id = reward.tokenizer.pad_token_id
+
+
 def test_what_was_read_is_not_read_again(reward: RewardModel) -> None:
     running, lengths = RunningReward(reward), []
     backbone = running.backbone

@@ -162,6 +162,30 @@ def test_an_expert_alone_does_not_depend_on_the_router(sources: Sources) -> None
     assert find("fixed:math", sources).identity(other, None) != find("fixed:math", sources).identity(config, None)
 
 
+def test_another_base_and_another_template_are_other_answers(sources: Sources, tmp_path: Path) -> None:
+    config, system = read_config(sources.collection), find("fusionroute", sources)
+    before = system.identity(config, None)
+    base = Path(read_config(sources.collection).router_spec.source)
+    assert system.identity(config, str(base)) == before
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data += 0.5
+    model.save_pretrained(other)
+    assert system.identity(config, str(other)) != before
+    copy = tmp_path / "copy"
+    shutil.copytree(sources.collection, copy)
+    assert replace(system, folder=copy).identity(config, None) == before
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert replace(system, folder=copy).identity(config, None) != before
+
+
+def test_another_fine_tuned_model_is_another_system(sources: Sources) -> None:
+    specs = {spec.name: spec for spec in read_config(sources.collection).expert_specs}
+    given = [f"{specs[name].source}+{sources.collection / specs[name].module}" for name in ("math", "code")]
+    found = [find("finetuned", replace(sources, finetuned=each)) for each in given]
+    assert found[0].folder != found[1].folder
+
+
 def test_only_systems_with_routes_report_them(sources: Sources) -> None:
     names = ("fusionroute", "query-level", "router", "uniform", "expert:math")
     routed = [name for name in names if find(name, sources).routed]

@@ -9,7 +9,7 @@ import pytest
 
 from fusionroute.errors import FusionRouteError
 from fusionroute.training import formats
-from fusionroute.training.rows import DataSpec, load_counted, load_many, load_rows, parse_spec
+from fusionroute.training.rows import DataSpec, load_counted, load_rows, parse_spec
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -272,12 +272,6 @@ def test_slices_of_one_seed_make_up_the_whole(numbered: Path) -> None:
 def test_rows_beyond_the_slice_are_not_counted(numbered: Path) -> None:
     spec = DataSpec(format="gsm8k", path="n.jsonl", domain="math", stop=2)
     assert load_counted(spec, numbered)[1] == 1
-
-
-def test_several_entries_follow_each_other(numbered: Path) -> None:
-    entry = {"format": "gsm8k", "path": "n.jsonl", "stop": 1}
-    rows = load_many([DataSpec(**entry, domain="math"), DataSpec(**entry, domain="other")], numbered)
-    assert [row["domain"] for row in rows] == ["math", "other"]
 
 
 ROW = {"question": "q", "answer": "a"}

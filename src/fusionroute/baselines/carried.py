@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fusionroute import sources
 from fusionroute.collection import PROVENANCE, copy_adapter, read_config
-from fusionroute.errors import FusionRouteError
+from fusionroute.errors import UsageError
 from fusionroute.files import read_json, staged_folder
 
 BASELINES = "baselines"
@@ -62,19 +62,20 @@ def reward_source(collection: Path, base: str | None, given: str | None, name: s
         name: `reward`, which selects among answers, or `judge`.
 
     Raises:
-        FusionRouteError: it stands on a base that no member has.
+        UsageError: it stands on a base that no member has.
     """
     folder = carried(collection, name)
     if given is not None or folder is None:
         return given
     trained_on = read_json(folder / PROVENANCE)
     config = read_config(collection)
-    for before, spec in zip(config.member_specs, config.specs_on(base), strict=True):
-        if before.digest == trained_on.get("base_digest"):
+    adapted = any(spec.adapter for spec in config.member_specs)
+    for before, spec in zip(config.member_specs, config.specs_on(base if adapted else None), strict=True):
+        if before.digest is not None and before.digest == trained_on.get("base_digest"):
             if spec.revision is None and not spec.source.startswith("./"):
                 return f"{spec.source}+{folder}"
             return f"{sources.resolve(spec.source, revision=spec.revision, relative_to=collection)}+{folder}"
-    raise FusionRouteError(
+    raise UsageError(
         f"{folder} stands on a base with digest {trained_on.get('base_digest')}, which is no member's: "
         f"give --{name} SOURCE+{folder}"
     )

@@ -8,6 +8,7 @@ them; where all experts propose one and the same token nothing is rolled out, fo
 It takes and gives what the engine does (`submit`, `step`), so whatever drives the engine drives it. Knows no task.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fusionroute.decoding.members import Job, Members
-from fusionroute.decoding.rows import Event, Request
+from fusionroute.decoding.rows import ALL, Event, Request
 from fusionroute.decoding.text import TextPieces
-from fusionroute.errors import UsageError
+from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
@@ -78,9 +79,15 @@ class _Candidate:
     expert: int
     row: int
     number: int
-    ids: list[int]  # of the whole row
+    token: int
+    ids: list[int]  # of the whole row, and the rollout
     divergence: float  # log π_expert − log π_reference, of the proposal and then summed over the rollout
     logprobs: list[float] = field(default_factory=list)  # the expert's, of the rollout's tokens
+
+
+def _disputed(contest: Sequence[_Candidate]) -> bool:
+    """Whether different tokens are proposed."""
+    return len({candidate.token for candidate in contest}) > 1
 
 
 class _Row:
@@ -110,6 +117,7 @@ class Collab:
         self.settings = settings or CollabSettings()
         self.tokenizer, self.reward = tokenizer, reward
         self.members = Members(model) if members is None else members
+        self.device = model.device
         self.names = model.config.expert_names
         self.context: int = model.config.max_position_embeddings
         ends = model.generation_config.eos_token_id
@@ -117,7 +125,6 @@ class Collab:
         reference = self.settings.reference
         self.reference = 0 if reference is None else model.config.expert_index(reference)
         self.active: list[_Row] = []
-        self.rolled_out = 0  # candidates so far
         self._numbers = 0
 
     def submit(self, request: TextRequest) -> int:
@@ -147,22 +154,28 @@ class Collab:
         logprobs = self._logprobs([Job(e + 1, row.number, row.ids, 1) for row in rows for e in range(n)])
         events = []
         contests = [self._candidates(row, logprobs[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
-        disputed = [c for contest in contests if len({c.ids[-1] for c in contest}) > 1 for c in contest]
-        self._roll_out(disputed)
+        self._roll_out([c for contest in contests if _disputed(contest) for c in contest])
         for place, (row, contest) in enumerate(zip(rows, contests, strict=True)):
-            start = len(row.ids)
-            values = [0.0] * len(contest)
-            if len({c.ids[start] for c in contest}) > 1:
-                texts = [self._answer(row, c.ids) for c in contest]
-                rewards = self.reward(row.number, row.request.text, texts)
-                alpha = self.settings.alpha
-                values = [r - alpha * c.divergence if alpha else r for r, c in zip(rewards, contest, strict=True)]
-            chosen = contest[max(range(len(contest)), key=lambda i: (values[i], -i))]
-            own = int(logprobs[place * n + chosen.expert].argmax())
-            events.append(self._take(row, chosen, contest, values, own))
+            values = self._values(row, contest)
+            if all(map(math.isfinite, values)):
+                chosen = contest[max(range(len(contest)), key=lambda i: (values[i], -i))]
+                own = int(logprobs[place * n + chosen.expert].argmax())
+                events.append(self._take(row, chosen, contest, values, own))
+            else:
+                error = FusionRouteError(f"the reward model's scores are {values}")
+                events.append(Event(row.number, [], [], finish="error", error=error))
+                self._retire(row)
             for candidate in contest:
                 self.members.release(candidate.number)
         return events
+
+    def _values(self, row: _Row, contest: Sequence[_Candidate]) -> list[float]:
+        """What each candidate is worth; 0 where all are the same token, and nothing was rolled out."""
+        if not _disputed(contest):
+            return [0.0] * len(contest)
+        rewards = self.reward(row.number, row.request.text, [self._answer(row, c.ids) for c in contest])
+        alpha = self.settings.alpha
+        return [r - alpha * c.divergence if alpha else r for r, c in zip(rewards, contest, strict=True)]
 
     def _next_number(self) -> int:
         # Below zero, where no engine has rows.
@@ -184,12 +197,13 @@ class Collab:
             for value, token, mass in zip(values.tolist(), tokens.tolist(), before.tolist(), strict=True):
                 if mass < settings.top_p:
                     divergence = value - float(logprobs[self.reference, token])
-                    found.append(_Candidate(expert, row.number, self._next_number(), [*row.ids, token], divergence))
+                    found.append(
+                        _Candidate(expert, row.number, self._next_number(), token, [*row.ids, token], divergence)
+                    )
         return found
 
     def _roll_out(self, candidates: Sequence[_Candidate]) -> None:
         """Let each candidate's expert go on from it, and compare with the reference if that counts."""
-        self.rolled_out += len(candidates)
         starts = {c.number: len(c.ids) for c in candidates}
         for candidate in candidates:
             for expert in {candidate.expert, self.reference if self.settings.alpha else candidate.expert}:
@@ -223,7 +237,7 @@ class Collab:
         self, row: _Row, chosen: _Candidate, contest: Sequence[_Candidate], values: Sequence[float], own: int
     ) -> Event:
         """The row's next token, and its end if this is it."""
-        token = chosen.ids[len(row.ids)]
+        token = chosen.token
         event = Event(row.number, [], [])
         row.ids.append(token)
         if token in self.ends:
@@ -237,7 +251,7 @@ class Collab:
                 TokenTrace(
                     id=token,
                     text=row.text.push(token, last=last),
-                    expert=self.names[chosen.expert],
+                    expert=self.names[chosen.expert] if _disputed(contest) else ALL,
                     weights=dict(zip(self.names, torch.tensor(best).softmax(-1).tolist(), strict=True)),
                     expert_choice=own,
                     router_choice=token,  # there is no router: the reward model decides
@@ -252,7 +266,10 @@ class Collab:
                 event.finish = "length"
         if event.finish is not None:
             event.tail = "" if row.text.stopped else row.text.flush()
-            self.active.remove(row)
-            self.members.release(row.number)
-            self.reward.forget(row.number)
+            self._retire(row)
         return event
+
+    def _retire(self, row: _Row) -> None:
+        self.active.remove(row)
+        self.members.release(row.number)
+        self.reward.forget(row.number)

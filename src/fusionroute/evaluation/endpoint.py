@@ -96,7 +96,7 @@ def _read(value: dict[str, Any]) -> Verdict | None:
 
 
 def _score(value: Any) -> float | None:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, bool) and 1 <= float(value) <= 10:
             return float(value)
     return None
@@ -221,22 +221,21 @@ class Endpoint:
                 if not failure.again or wait > self.patience or number + 1 == self.tries or self._halt.wait(wait):
                     break
                 continue
-            with self._lock:
-                self._in_a_row = 0
             raw.append(reply)
             if verdict := parse(reply):
+                with self._lock:
+                    self._in_a_row = 0
                 return {"better": verdict.better, "scores": list(verdict.scores), "unscored": None, "raw": raw}
             reason = f"no verdict in the reply ({_line(reply)[:80]!r})"
             messages = [*asked, {"role": "assistant", "content": reply}, {"role": "user", "content": REMINDER}]
-        if not raw:
-            self._count_failure(reason)
+        self._count_failure(reason)
         return {"better": None, "scores": [None, None], "unscored": reason, "raw": raw}
 
     def _count_failure(self, reason: str) -> None:
         with self._lock:
             self._in_a_row += 1
             if self._in_a_row >= _IN_A_ROW and not self._given_up:
-                self._given_up = f"{_IN_A_ROW} questions in a row had no reply, the last: {reason}; no more was asked"
+                self._given_up = f"{_IN_A_ROW} questions in a row had no verdict, the last: {reason}; no more was asked"
 
     def _reply(self, messages: list[dict[str, str]]) -> str:
         """One request. Its optional fields go where the endpoint refuses them."""
@@ -252,7 +251,7 @@ class Endpoint:
                         self._optional.pop(name, None)
                     continue
                 raise _failure(error, detail) from None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 cause = getattr(error, "reason", None) or error
                 kind = f"no reply within {self.timeout:g} s" if isinstance(cause, TimeoutError) else str(cause)
                 raise _NoReplyError(self._clean(_line(kind or type(error).__name__))) from None

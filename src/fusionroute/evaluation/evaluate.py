@@ -19,7 +19,7 @@ from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import forced, judging
 from fusionroute.evaluation.benchmarks import Benchmark, Item, load_task
 from fusionroute.evaluation.execution import require_isolation
-from fusionroute.evaluation.generating import answer_all, collab_all, lacking, select_all
+from fusionroute.evaluation.generating import COLLAB_ROWS, answer_all, collab_all, lacking, select_all
 from fusionroute.evaluation.names import COLLAB, FINETUNED, OURS, SELECTION
 from fusionroute.evaluation.reward import RewardModel, describe
 from fusionroute.evaluation.store import Store, key_of
@@ -89,6 +89,11 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     )
     config = collections.read_config(wanted.collection)
     names = parse(wanted.systems, config)
+    if wanted.collab.reference is not None:
+        config.expert_index(wanted.collab.reference)
+    benchmarks = [load_task(name, wanted.data, limit=wanted.limit) for name in wanted.tasks]
+    if {"mbpp", "humaneval"} & set(wanted.tasks):
+        require_isolation(wanted.unsafe)
     asked_for_all = "all" in ",".join(wanted.systems).split(",")
     systems: dict[str, System] = {}
     missing: dict[str, str] = {}
@@ -98,22 +103,20 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
                 _reward_source(wanted, name)
             else:
                 systems[name] = find(name, sources)
-        except UsageError as error:
+        except FusionRouteError as error:
             if not asked_for_all:
                 raise
             missing[name] = str(error)
     rewarded = [name for name in names if name in REWARDED and name not in missing]
     reward = RewardModel(_reward_source(wanted, rewarded[0])) if rewarded else None
     judge, against = _judging(wanted, [name for name in names if name not in missing], missing, reward)
-    benchmarks = [load_task(name, wanted.data, limit=wanted.limit) for name in wanted.tasks]
-    if {"mbpp", "humaneval"} & set(wanted.tasks):
-        require_isolation(wanted.unsafe)
     answers, scores = Store(wanted.out / "answers.jsonl"), Store(wanted.out / "scores.jsonl")
     experts = {name: find(f"expert:{name}", sources) for name in config.expert_names} if rewarded else {}
-    # The experts' answers are those of `expert:NAME`, whether the table shows these or not.
-    runs = {**systems, **{system.name: system for system in experts.values()}}
+    known = {**systems, **{system.name: system for system in experts.values()}}
+    # The experts' answers are those of `expert:NAME`, whether the table shows these or not; Collab needs none.
+    runs = known if SELECTION in rewarded else systems
     identities = {
-        name: system.identity(collections.read_config(system.folder), wanted.base) for name, system in runs.items()
+        name: system.identity(collections.read_config(system.folder), wanted.base) for name, system in known.items()
     }
     cells = {
         name: {task.name: _cell(identity, task, wanted) for task in benchmarks} for name, identity in identities.items()
@@ -131,6 +134,7 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         "collection": str(wanted.collection),
         "limit": wanted.limit,
         "dtype": wanted.dtype,
+        "base": wanted.base,
         "batch": wanted.batch,
         "reward": None
         if reward is None
@@ -140,7 +144,9 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
             "accuracy": reward.accuracy,
             "held_out": None if reward.accuracy is None else describe(reward.accuracy),
         },
-        "collab": {**asdict(wanted.collab), "limit": wanted.collab_limit} if COLLAB in rewarded else None,
+        "collab": {**asdict(wanted.collab), "rows": COLLAB_ROWS, "limit": wanted.collab_limit}
+        if COLLAB in rewarded
+        else None,
         "judge": None if judge is None else judging.describe(judge, against),
         "experts": config.expert_names,
         "tasks": {
@@ -150,7 +156,7 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         "systems": {
             name: {
                 "identity": identities.get(name),
-                "routed": name == COLLAB or (name in systems and systems[name].routed),
+                "routed": name in systems and systems[name].routed,
                 "tasks": {task: asdict(cell) for task, cell in cells[name].items()},
             }
             for name in names
@@ -211,7 +217,13 @@ def _judging(
     if wanted.against and against not in names:
         reason = missing.get(against, "it is not among the systems of this run: add it to --system")
         raise UsageError(f"--against {against}: {reason}")
-    source = reward_source(wanted.collection, wanted.base, wanted.judge, name="judge")
+    if against == COLLAB:
+        raise UsageError(f"--against {COLLAB}: it answers the first {wanted.collab_limit} items alone; name another")
+    try:
+        source = reward_source(wanted.collection, wanted.base, wanted.judge, name="judge")
+    except UsageError as error:
+        missing[WIN_RATES] = str(error)
+        return None, against
     if source is None:
         missing[WIN_RATES] = "they need a judge: give --judge SOURCE[+ADAPTER], a reward model, or --judge URL#MODEL"
     elif not against:
@@ -226,7 +238,7 @@ def _contests(sides: dict[str, list[str | None]], against: str, answers: Store) 
         judging.contest_of(*(None if key is None else answers.get(key) for key in keys))
         for name, mine in sides.items()
         if name != against
-        for keys in zip(mine, sides[against], strict=False)  # one of them may have fewer items
+        for keys in zip(mine, sides[against], strict=False)  # Collab has fewer items
     )
     return [contest for contest in found if contest is not None]
 

@@ -69,7 +69,7 @@ def plan(
     """What is to be measured, as JSON knows it: of every benchmark with references, the key of each item's row.
 
     Args:
-        identity: of the system `fusionroute`; its α is no part of the keys, since the sweep holds it anyway.
+        identity: of the system `fusionroute`; an α of `ALPHAS` is no part of the keys, since all of these are measured.
     """
     settings = {"max_tokens": MAX_TOKENS, "alphas": sorted({*ALPHAS, float(alpha)}), "dtype": dtype}
     tasks: dict[str, list[str | None]] = {}
@@ -79,7 +79,14 @@ def plan(
             None
             if answer is None
             else key_of(
-                "forced", identity["weights"], identity["vocab_size"], settings, item.prompt, answer.given, answer.text
+                "forced",
+                identity["weights"],
+                identity["text"],
+                identity["vocab_size"],
+                settings,
+                item.prompt,
+                answer.given,
+                answer.text,
             )
             for item, answer in zip(task.items, wanted, strict=True)
         ]

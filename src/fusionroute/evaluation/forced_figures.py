@@ -21,7 +21,7 @@ _SMALL = 1e-6  # a gap to the oracle below this is none
 
 
 def read(plan: Mapping[str, Any], experts: Sequence[str], store: Store) -> dict[str, Any] | None:
-    """All figures; None if nothing was measured.
+    """All figures; without an average if nothing could be measured.
 
     Args:
         plan: as `forced.plan` made it.
@@ -50,8 +50,9 @@ def read(plan: Mapping[str, Any], experts: Sequence[str], store: Store) -> dict[
             sections[task] = counts | _section(draws[-1], experts, plan, len(found))
         else:
             sections[task] = counts
+    about = {name: plan[name] for name in ("alpha", "max_tokens", "without_references")}
     if not draws:
-        return None
+        return {"benchmarks": sections, AVERAGE: None, **about} if sections else None
     # A benchmark without a token of the kind says nothing of it; the others' mean is the average.
     together = {name: _mean([each[name] for each in draws]) for name in draws[0]}
     measured = sum(section["items"] - section["unmeasured"] for section in sections.values())
@@ -61,7 +62,7 @@ def read(plan: Mapping[str, Any], experts: Sequence[str], store: Store) -> dict[
     return {
         "benchmarks": sections,
         AVERAGE: sums | _section(together, experts, plan, measured),
-        **{name: plan[name] for name in ("alpha", "max_tokens", "without_references")},
+        **about,
     }
 
 
@@ -159,6 +160,8 @@ COLUMNS = {
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Markdown: a table of the gap to the oracle, one of the sweep of α, and what they rest on."""
+    if found[AVERAGE] is None:
+        return ["", *notes(found)]
     sections = shown(found)
     heads = ["teacher-forced", "benchmark", *COLUMNS.values(), "gap closed", "routes as the oracle"]
     table = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -186,6 +189,10 @@ def shown(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What the figures mean and rest on."""
+    return [*(_basis(found) if found[AVERAGE] else ["Teacher-forced figures: none."]), *_unmeasured(found)]
+
+
+def _basis(found: Mapping[str, Any]) -> list[str]:
     whole = found[AVERAGE]
     share = whole["disagree"] / max(whole["tokens"], 1)
     said = [
@@ -198,6 +205,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         said.append(f"References longer than {found['max_tokens']} tokens, cut there: {whole['cut']}.")
     if found["without_references"]:
         said.append(f"Without reference answers: {', '.join(found['without_references'])}.")
+    return said
+
+
+def _unmeasured(found: Mapping[str, Any]) -> list[str]:
+    said = []
     for task, section in found["benchmarks"].items():
         if section["unmeasured"]:
             reasons = list(section["reasons"].items())

@@ -3,6 +3,7 @@
 Each answer is stored as it ends, so that a kill loses only those under way. Knows no score.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute import collection as collections
 from fusionroute.baselines.collab import Collab, CollabSettings, TextRequest
 from fusionroute.baselines.selection import select
+from fusionroute.decoding.members import free_memory
 from fusionroute.decoding.rows import Request
 from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation.answering import Answer, answer, load_engine
@@ -26,7 +28,7 @@ from fusionroute.training.running import Meter
 if TYPE_CHECKING:
     from fusionroute.decoding.engine import Engine
 
-# Rows that Collab advances together; each has as many again as it has candidates.
+# Rows that Collab advances together, memory allowing; each has as many again as it has candidates.
 COLLAB_ROWS = 4
 
 
@@ -93,8 +95,17 @@ def collab_all(
         for key, item in items.items()
     ]
     meter = Meter(COLLAB, len(items), "answers")
-    _keep(COLLAB, items, answer(collab, requests, COLLAB_ROWS), answers, meter)
+    longest = max(len(request.prompt) + request.max_new_tokens for _, request in requests)
+    _keep(COLLAB, items, answer(collab, requests, _collab_rows(collab, longest)), answers, meter)
     meter.close()
+
+
+def _collab_rows(collab: Collab, length: int) -> int:
+    """Rows of `length` tokens whose candidates' keys and values fit into half of the free memory; at least one."""
+    settings, members = collab.settings, collab.members
+    slot = members.nbytes([length + settings.rollout + 1]) / len(members.of)
+    row = slot * len(collab.names) * (1 + settings.candidates * (2 if settings.alpha else 1))
+    return max(1, min(COLLAB_ROWS, int(free_memory(collab.device) / 2 // row)))
 
 
 def select_all(
@@ -111,10 +122,14 @@ def select_all(
     """
     for key, item, candidates in places:
         found = [row for row in map(answers.get, candidates) if row is not None and not row["error"]]
-        if answers.get(key) is not None or len(found) < len(experts):
+        if not (answers.get(key) or {"error": "missing"})["error"] or len(found) < len(experts):
             continue
         started = time.perf_counter()
         rewards = reward.score([(item.prompt, row["text"]) for row in found])
+        if not all(map(math.isfinite, rewards)):
+            failed = Answer(error=f"the reward model's scores are {rewards}")
+            _put(key, {"system": SELECTION, "item": item.id, "prompt": item.prompt, **failed.to_dict()}, answers)
+            continue
         row = select(list(zip(experts, found, strict=True)), rewards)
         row["seconds"] += time.perf_counter() - started
         _put(key, {**row, "system": SELECTION}, answers)

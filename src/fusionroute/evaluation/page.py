@@ -7,7 +7,14 @@ from typing import Any
 
 from fusionroute.evaluation import page_forced
 from fusionroute.evaluation.names import OURS
-from fusionroute.evaluation.report import average_rows, p_text, scored_tasks, win_rate_notes, win_rate_rows
+from fusionroute.evaluation.report import (
+    average_rows,
+    p_text,
+    reward_notes,
+    scored_tasks,
+    win_rate_notes,
+    win_rate_rows,
+)
 from fusionroute.evaluation.store import Store
 from fusionroute.files import read_json
 
@@ -110,6 +117,7 @@ def _table(report: Mapping[str, Any]) -> str:
         "Accuracy over all items asked for with 95 % bootstrap intervals; differences paired, item by item; "
         "an item without a score counts as wrong, one without a verdict ½; in brackets how many."
     ]
+    notes += [escape(note) for note in reward_notes(report)]
     notes += [f"Not run: {escape(name)}: {escape(why)}." for name, why in report["not_run"].items()]
     return "\n".join(rows) + "</table></div><p class=small>" + "<br>".join(notes) + "</p>"
 

@@ -15,6 +15,8 @@ def sections(found: Mapping[str, Any] | None) -> list[str]:
     """Headings, table and drawings of what `forced_figures.read` gave; nothing of nothing."""
     if not found:
         return []
+    if found["average"] is None:
+        return ["<p class=small>" + "<br>".join(map(escape, notes(found))) + "</p>"]
     parts = [
         "<h2>Teacher-forced: chosen against best possible</h2>",
         _table(found),

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
-from fusionroute.evaluation.benchmarks import checked
+from fusionroute.evaluation.benchmarks import TASK_FILES, checked
 from fusionroute.evaluation.execution import Limits, require_isolation
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, pair_up, unfit, verdict
 from fusionroute.evaluation.scoring import SCORERS
@@ -306,7 +306,11 @@ class _Maker:
 
     def _score(self, problem: Problem, text: str) -> dict[str, Any]:
         """The stored score of an answer, else a new one; one that could not be scored is tried again."""
-        conditions = {"python": platform.python_version_tuple()[:2], "limits": asdict(Limits())}
+        conditions = {
+            "python": platform.python_version_tuple()[:2],
+            "limits": asdict(Limits()),
+            "task": (TASK_FILES / f"{problem.task}.yaml").read_text(encoding="utf-8"),  # its version and rules
+        }
         key = key_of("score", problem.task, problem.fields, text, conditions)
         known = self.store.get(key)
         if known is None or known["unscored"] is not None:

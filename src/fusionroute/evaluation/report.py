@@ -49,6 +49,7 @@ def read(folder: Path) -> dict[str, Any]:
             if system["routed"]:
                 entry["routing"][task] = _routing(cell, answers, plan["experts"])
             if task not in scored:
+                entry["unanswered"] = {task: len(cell["answers"]) - len(_found(cell, answers))}
                 continue
             rows = [None if key is None else scores.get(key) for key in cell["scores"]]
             primary = plan["tasks"][task]["primary"]
@@ -76,7 +77,7 @@ def read(folder: Path) -> dict[str, Any]:
             # On its own items: Collab answers fewer.
             ours = [found[: len(part)] for part, found in zip(mine, _filled(vectors[OURS]), strict=True)]
             entry["difference"] = _as_dict(difference_of(mine, ours))
-    settings = {key: plan[key] for key in ("collection", "limit", "dtype", "batch", "reward")}
+    settings = {key: plan[key] for key in ("collection", "limit", "dtype", "base", "batch", "reward")}
     settings["judge"], settings["collab"] = plan.get("judge"), plan.get("collab")
     if settings["collab"]:
         settings["collab"] |= {"cost": _collab_cost(plan, answers)}
@@ -104,7 +105,9 @@ def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str
 def unscored(report: dict[str, Any]) -> int:
     """Items without a score or a verdict, over all systems."""
     figures = [[*entry["benchmarks"].values(), entry.get("win_rate")] for entry in report["systems"].values()]
-    return sum(found["unscored"] for each in figures for found in each if found)
+    judged = report["settings"]["judge"] is not None  # a verdict that is missing counts the answer that is
+    lost = [] if judged else [entry.get("unanswered", {}) for entry in report["systems"].values()]
+    return sum(found["unscored"] for each in figures for found in each if found) + sum(sum(e.values()) for e in lost)
 
 
 def average_rows(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
@@ -249,18 +252,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"{missing} items have no score and count as wrong, or no verdict and count ½; in brackets how many."
         )
-    lines += win_rate_notes(report)
-    if reward := report["settings"]["reward"]:
-        how_good = reward["held_out"] or "its accuracy on held-out pairs is unknown"
-        lines.append(f"Reward model of {' and '.join(reward['systems'])}: {reward['source']}; {how_good}.")
-    if collab := report["settings"]["collab"]:
-        knobs = ", ".join(f"{key} {value}" for key, value in collab.items() if key not in ("limit", "cost"))
-        lines.append(f"Collab ({knobs}) answers the first {collab['limit']} items of each benchmark.")
-        if cost := collab["cost"]:
-            lines.append(
-                f"A token of Collab's costs {cost['seconds']:.1f} times the seconds and {cost['passes']:.1f} times the "
-                "passes of one of FusionRoute's on the same items, the reward model's passes in the seconds alone."
-            )
+    lines += win_rate_notes(report) + reward_notes(report)
     lines += [f"Not run: {name}: {why}." for name, why in report["not_run"].items()]
     routed = {name: entry for name, entry in report["systems"].items() if entry["routing"]}
     if routed:
@@ -280,6 +272,28 @@ def as_markdown(report: dict[str, Any]) -> str:
     if report["teacher_forced"]:
         lines += forced_figures.lines(report["teacher_forced"])
     return "\n".join(lines) + "\n"
+
+
+def reward_notes(report: Mapping[str, Any]) -> list[str]:
+    """What leans on a reward model and how good that is, what Collab did and cost, and answers that nobody judged."""
+    notes = []
+    if reward := report["settings"]["reward"]:
+        how_good = reward["held_out"] or "its accuracy on held-out pairs is unknown"
+        notes.append(f"Reward model of {' and '.join(reward['systems'])}: {reward['source']}; {how_good}.")
+    if collab := report["settings"]["collab"]:
+        knobs = ", ".join(f"{key} {value}" for key, value in collab.items() if key not in ("limit", "cost"))
+        notes.append(f"Collab ({knobs}) answers the first {collab['limit']} items of each benchmark.")
+        if cost := collab["cost"]:
+            notes.append(
+                f"A token of Collab's costs {cost['seconds']:.1f} times the seconds and {cost['passes']:.1f} times the "
+                f"passes of one of FusionRoute's on the same items ({collab['rows']} rows at a time against "
+                f"{report['settings']['batch']}; the reward model's passes are in the seconds alone)."
+            )
+    for name, entry in report["systems"].items():
+        lost = {task: count for task, count in entry.get("unanswered", {}).items() if count}
+        if lost and report["settings"]["judge"] is None:
+            notes += [f"{name} has no answer to {count} items of {task}." for task, count in lost.items()]
+    return notes
 
 
 def win_rate_notes(report: Mapping[str, Any]) -> list[str]:

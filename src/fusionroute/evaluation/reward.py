@@ -49,8 +49,9 @@ class RewardModel:
                 model: Any = AutoModelForSequenceClassification.from_pretrained(
                     folder, num_labels=1, dtype=dtype, trust_remote_code=False
                 )
-        except (OSError, ValueError) as error:
-            raise FusionRouteError(f"{source} is no sequence-classification model: {first_line(error)}") from error
+        except (OSError, ValueError, RuntimeError) as error:  # the last: a head of another shape
+            reason = first_line(error)
+            raise FusionRouteError(f"{source} is no sequence-classification model with one label: {reason}") from error
         if adapter_folder is not None:
             from peft import PeftModel
 

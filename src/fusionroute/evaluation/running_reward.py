@@ -35,7 +35,7 @@ class RunningReward:
         reward = self.reward
         if self.head is None:
             return reward.score([(prompt, answer) for answer in answers])
-        rows = [reward.encode(prompt, answer) for answer in answers]
+        rows = [self._scored(reward.encode(prompt, answer)) for answer in answers]
         if max(map(len, rows)) > reward.max_length:
             return reward.score([(prompt, answer) for answer in answers])
         common = min(_common(rows[0], other) for other in rows)
@@ -50,6 +50,13 @@ class RunningReward:
         last = torch.tensor([len(tail) - 1 for tail in tails], device=hidden.device)
         scores = self.head(hidden[torch.arange(len(tails), device=hidden.device), last])[:, 0]
         return [float(score) for score in scores.float()]
+
+    def _scored(self, ids: list[int]) -> list[int]:
+        """As far as the model's own head reads: to the last token that is not padding, which an end may be."""
+        length = len(ids)
+        while length > 1 and ids[length - 1] == self.reward.tokenizer.pad_token_id:
+            length -= 1
+        return ids[:length]
 
     def _read(self, row: int, ids: list[int]) -> Any:
         """Keys and values of `ids`, a copy to go on from; reads what the row's do not have yet."""

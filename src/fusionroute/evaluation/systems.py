@@ -19,6 +19,16 @@ from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import UsageError
 from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, MERGES, OURS, SELECTION
 from fusionroute.files import staged_folder
+from fusionroute.sources import resolve
+
+# What a collection's folder holds of its text contract.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class System:
         expert, alpha = self.policy.get("expert"), self.policy.get("alpha", config.alpha)
         taking_part = [
             spec
-            for spec in config.specs_on(base)
+            for spec in members_on(config, base)
             if spec.name == expert or expert is None or (spec.name == ROUTER and alpha != 0)
         ]
         made_of: dict[str, Any] = {
@@ -50,7 +60,27 @@ class System:
         }
         if expert is None:
             made_of["route_head"] = _digest(self.folder / ROUTER / "route_head.safetensors")
-        return {"weights": made_of, "policy": {**self.policy, "alpha": alpha}, "vocab_size": config.vocab_size}
+        return {
+            "weights": made_of,
+            "policy": {**self.policy, "alpha": alpha},
+            "vocab_size": config.vocab_size,
+            "text": _text_digest(self.folder),
+        }
+
+
+def members_on(config: FusionRouteConfig, base: str | None) -> list[MemberSpec]:
+    """The collection's members with `base` under its adapters, if it has any, and with the digest of that base."""
+    if base is None or not any(spec.adapter for spec in config.member_specs):
+        return config.member_specs
+    digest = weights.digest(resolve(base))
+    pairs = zip(config.member_specs, config.specs_on(base), strict=True)
+    return [after if after == before else replace(after, digest=digest) for before, after in pairs]
+
+
+def _text_digest(folder: Path) -> str:
+    """Of what turns messages into ids and says where an answer ends: tokenizer, chat template, end ids."""
+    files = sorted(path for path in folder.iterdir() if path.name in TEXT_FILES)
+    return hashlib.sha256(json.dumps([[path.name, _digest(path)] for path in files]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,10 @@ def find(name: str, sources: Sources) -> System:
     if name == FINETUNED:
         if sources.finetuned is not None:
             source, adapter = split_adapter(sources.finetuned)
-            folder = _alone(MemberSpec(ROUTER, source, adapter=adapter), sources.work / "finetuned")
+            digests = [weights.digest(resolve(source))]
+            digests += [] if adapter is None else [weights.digest(resolve(adapter, what="adapter"))]
+            spec = MemberSpec(ROUTER, source, adapter=adapter)
+            folder = _alone(spec, sources.work / f"{FINETUNED}-{_key(digests)}")
         else:
             folder = _carried(sources, "finetuned")
         if folder is None:
@@ -148,9 +181,8 @@ def _merged(method: str, sources: Sources) -> Path:
 
     settings = MergeSettings.of(method)
     config = collections.read_config(sources.collection)
-    made_of = [[spec.source, spec.digest, spec.adapter_digest] for spec in config.specs_on(sources.base)]
-    key = hashlib.sha256(json.dumps([made_of, vars(settings)]).encode()).hexdigest()[:12]
-    model = sources.work / f"merge-{method}-{key}"
+    made_of = [[spec.source, spec.digest, spec.adapter_digest] for spec in members_on(config, sources.base)]
+    model = sources.work / f"merge-{method}-{_key([made_of, sources.base, vars(settings)])}"
     if not model.exists():
         merge_collection(sources.collection, settings, model, base=sources.base)
     return _alone(MemberSpec(ROUTER, str(model)), sources.work / f"{model.name}-alone")
@@ -183,7 +215,7 @@ def _carried(sources: Sources, name: str) -> Path | None:
     experts = specs[1:] if whole else [replace(router, name="itself")]
     head = adapter / HEAD_FILE
     made_of = [config.to_dict(), [asdict(s) for s in (router, *experts)], _digest(head) if whole else None]
-    out = sources.work / f"{name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
+    out = sources.work / f"{name}-{_key([made_of, _text_digest(sources.collection)])}"
     if not out.exists():
         config.set_members(router, experts)
         with staged_folder(out) as scratch:
@@ -204,6 +236,10 @@ def _absolute(spec: MemberSpec, collection: Path) -> MemberSpec:
         if (place := getattr(spec, key)) is not None and place.startswith("./")
     }
     return replace(spec, **places)
+
+
+def _key(made_of: Any) -> str:
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
 
 
 def _digest(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 Two phases, as the router has, with its rows, rates, batches, epochs and seeds. trl's DPO knows pairs only, while
 Algorithm 1 mixes chat rows into the pairs of phase 2 with weight μ. Here these rows come a phase earlier, with the
-other chat rows, at their rate and with weight 1: the baseline sees every row that the router sees, as often, and learns
-rather more from these. The first phase's adapter is DPO's reference, as the router after phase 1 is CDPO's.
+other chat rows, at their rate and with weight 1: the baseline sees every row that the router sees, as often where both
+phases have as many epochs, and learns rather more from these. The first phase's adapter is DPO's reference, as the
+router after phase 1 is CDPO's.
 """
 
 import gc

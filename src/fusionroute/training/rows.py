@@ -9,7 +9,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
@@ -201,8 +201,3 @@ def load_rows(spec: DataSpec, data_dir: Path | None) -> list[Row]:
     Raises as `find_rows`.
     """
     return load_counted(spec, data_dir)[0]
-
-
-def load_many(specs: Iterable[DataSpec], data_dir: Path | None) -> list[Row]:
-    """Load the rows of several entries, one after the other. Raises as `find_rows`."""
-    return [row for spec in specs for row in load_rows(spec, data_dir)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from fusionroute.decoding.members import Job, Members
 from fusionroute.decoding.rows import ALL, Event, Request
 from fusionroute.decoding.text import TextPieces
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import FusionRouteError, UsageError, require
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
@@ -55,14 +55,13 @@ class CollabSettings:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        for rule, holds in {
+        rules = {
             "candidates must be at least 1": self.candidates >= 1,
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
             "rollout must be at least 0": self.rollout >= 0,
             "alpha must be at least 0": self.alpha >= 0,
-        }.items():
-            if not holds:
-                raise UsageError(f"collab: {rule}, not {getattr(self, rule.split()[0])}")
+        }
+        require(self, rules, "collab: ")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionroute.errors import UsageError
+from fusionroute.errors import UsageError, require
 
 _MASK = (1 << 64) - 1
 
@@ -42,7 +42,7 @@ class Sampling:
     mask: Mask | None = None
 
     def __post_init__(self) -> None:
-        checks = {
+        rules = {
             "temperature must be at least 0": self.temperature >= 0,
             "top_k must be at least 0": self.top_k >= 0,
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
@@ -50,9 +50,7 @@ class Sampling:
             "repetition_penalty must be above 0": self.repetition_penalty > 0,
             "min_tokens must be at least 0": self.min_tokens >= 0,
         }
-        for rule, holds in checks.items():
-            if not holds:
-                raise UsageError(f"{rule}, not {getattr(self, rule.split()[0])}")
+        require(self, rules)
 
     @property
     def greedy(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusionroute import FusionRouteForCausalLM
-from fusionroute.decoding.pace import Acceptance
+from fusionroute.decoding.pace import Acceptance, FastestMode
 from fusionroute.decoding.rows import ALL
 from fusionroute.decoding.sampling import Sampling, draw
 
@@ -86,11 +86,17 @@ def reference(collection: Callable[[str], FusionRouteForCausalLM]) -> Callable[[
 
 @pytest.fixture(scope="module")
 def always_drafting() -> Iterator[None]:
-    """Draft as much as may be, a little, or nothing, in turn and whatever it costs.
+    """Draft as much as may be, a little, or nothing, and take each mode that drafts, in turn and whatever it costs.
 
     What pays on tiny models would be left to chance.
     """
-    turns = itertools.cycle((8, 8, 0, 8, 2))
+    turns, steps = itertools.cycle((8, 8, 0, 8, 2)), itertools.count()
+
+    def take_turns(self: FastestMode[tuple[str, bool]], rows: int) -> tuple[str, bool]:
+        modes = [mode for mode in self.modes if mode[1]] or self.modes
+        return modes[next(steps) // 3 % len(modes)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Acceptance, "count", lambda self, price: min(next(turns), self.longest))
+        patch.setattr(FastestMode, "current", take_turns)
         yield

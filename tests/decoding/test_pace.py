@@ -102,7 +102,7 @@ def until_off(acceptance: Acceptance, price: float) -> None:
 
 
 def test_a_new_row_drafts() -> None:
-    assert Acceptance(8).count(0.01) == 8
+    assert 1 < Acceptance(8).count(0.01) <= 8
 
 
 @given(st.floats(0.01, 0.99), st.floats(0, 2), st.integers(1, 12))
@@ -204,55 +204,86 @@ def test_no_more_is_asked_for_than_a_draft_may_have(longest: int, price: float, 
 # --------------------------------------------------------------------------------------------------------- modes
 
 
-def run(modes: FastestMode, steps: int, cost: dict[str, float], tokens: int = 1) -> list[str]:
+def run(modes: FastestMode[str], steps: int, cost: dict[str, float], rows: int = 2, tokens: int = 2) -> list[str]:
     """The modes of so many steps that cost `cost` seconds a token."""
     taken = []
     for _ in range(steps):
-        mode = modes.current()
+        mode = modes.current(rows)
         taken.append(mode)
-        modes.add(mode, tokens, cost[mode] * tokens)
+        modes.add(mode, rows, tokens, cost[mode] * tokens)
     return taken
 
 
-@given(st.floats(0.001, 10), st.floats(0.001, 10))
-def test_after_the_trials_the_cheaper_mode_runs(first: float, second: float) -> None:
-    assume(abs(first - second) > 0.01 * max(first, second))
-    cost = {"a": first, "b": second}
-    assert set(run(FastestMode(["a", "b"], pause=200), 200, cost)[12:]) == {min(cost, key=lambda mode: cost[mode])}
+def runs(taken: list[str]) -> list[tuple[str, int]]:
+    return [(mode, len(list(steps))) for mode, steps in itertools.groupby(taken)]
 
 
 def test_each_mode_is_tried() -> None:
-    assert run(FastestMode(["a", "b", "c"], trial=2), 6, {"a": 1, "b": 1, "c": 1}) == ["a", "a", "b", "b", "c", "c"]
+    assert runs(run(FastestMode(["a", "b", "c"], trial=2), 6, {"a": 1, "b": 1, "c": 1})) == [
+        ("a", 2),
+        ("b", 2),
+        ("c", 2),
+    ]
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=4), st.integers(1, 16))
+def test_trials_lose_no_more_than_the_budget(costs: list[float], rows: int) -> None:
+    cost = {str(i): seconds for i, seconds in enumerate(costs)}
+    modes = FastestMode(list(cost), trial=4, budget=0.02)
+    run(modes, 4 * len(costs), cost, rows)
+    spent = sum(cost[mode] for mode in run(modes, 3000, cost, rows))
+    # What is ten times dearer counts as ten times as dear.
+    assume(max(costs) <= 10 * min(costs))
+    assert spent <= 3000 * min(costs) * 1.025 + 4 * sum(costs)
 
 
 def test_seconds_a_token_count_not_seconds_a_step() -> None:
-    modes = FastestMode(["few", "many"])
+    modes = FastestMode(["few", "many"], trial=6)
     for _ in range(12):
-        mode = modes.current()
-        modes.add(mode, *((1, 1.0) if mode == "few" else (4, 2.0)))
-    assert modes.current() == "many"
+        mode = modes.current(4)
+        modes.add(mode, 4, *((1, 1.0) if mode == "few" else (4, 2.0)))
+    assert modes.current(4) == "many"
 
 
-def test_the_loser_is_tried_again_after_longer_and_longer_pauses() -> None:
-    taken = run(FastestMode(["a", "b"], trial=3, pause=5, longest=20), 200, {"a": 1, "b": 2})
-    runs = [(mode, len(list(steps))) for mode, steps in itertools.groupby(taken)]
-    assert runs[:-1] == [("a", 3), ("b", 3), ("a", 8), ("b", 3), ("a", 13), ("b", 3)] + [("a", 23), ("b", 3)] * 6
+def test_close_modes_are_compared_more_often_than_distant_ones() -> None:
+    close, distant = (run(FastestMode(["a", "b"]), 600, {"a": 1.0, "b": b}).count("b") for b in (1.1, 2.0))
+    assert close > 3 * distant > 0
+
+
+def test_the_winner_may_depend_on_the_number_of_rows() -> None:
+    modes = FastestMode(["a", "b"])
+    for rows in (1, 2, 4, 8, 16) * 20:
+        for mode, base, row in (("a", 1.0, 1.0), ("b", 3.0, 0.5)):
+            modes.add(mode, rows, rows, base + row * rows)
+    modes.untried.clear()
+    assert min("ab", key=lambda mode: modes.price(mode, 2)) == "a"
+    assert min("ab", key=lambda mode: modes.price(mode, 12)) == "b"
+
+
+def test_few_rows_do_not_decide_for_many() -> None:
+    """Of 16 rows the last three take long; a mode that ran those is not thereby the slower one."""
+    modes = FastestMode(["a", "b"])
+    modes.untried.clear()
+    for rows in (16, 12, 3, 2, 1) * 20:
+        modes.add("a", rows, rows, 10 + 0.1 * rows)
+        modes.add("b", 16, 16, 11 + 0.1 * 16)
+    assert modes.price("a", 16) < modes.price("b", 16)
 
 
 @pytest.mark.parametrize("misled", ["a", "b"])
 def test_first_steps_that_mislead_are_soon_outweighed(misled: str) -> None:
     modes, other = FastestMode(["a", "b"]), {"a": "b", "b": "a"}[misled]
-    run(modes, 12, {misled: 1.0, other: 3.0})
-    assert run(modes, 200, {misled: 1.2, other: 1.0})[100:].count(other) >= 100 - 2 * 6
+    run(modes, 8, {misled: 1.0, other: 1.5})
+    assert run(modes, 400, {misled: 1.2, other: 1.0})[200:].count(other) >= 200 - 5 * 4
 
 
 @pytest.mark.parametrize(("before", "after"), [({"a": 1, "b": 2}, "b"), ({"a": 2, "b": 1}, "a")])
 def test_a_loser_that_has_become_cheaper_wins_in_time(before: dict[str, float], after: str) -> None:
-    modes = FastestMode(["a", "b"], trial=6, longest=40)
+    modes = FastestMode(["a", "b"])
     run(modes, 40, before)
     changed = {"a": before["b"], "b": before["a"]}
-    run(modes, 400, changed)
-    assert run(modes, 104, changed).count(after) >= 104 - 2 * 6
+    run(modes, 1500, changed)
+    assert run(modes, 200, changed).count(after) >= 200 - 2 * 4
 
 
 @given(st.integers(0, 500))
@@ -261,4 +292,13 @@ def test_a_mode_without_another_is_always_it(steps: int) -> None:
 
 
 def test_steps_without_tokens_do_no_harm() -> None:
-    assert run(FastestMode(["a", "b"], trial=1), 5, {"a": 1, "b": 2}, tokens=0)[:2] == ["a", "b"]
+    taken = run(FastestMode(["a", "b"], trial=1), 50, {"a": 1, "b": 2}, tokens=0)
+    assert taken[:2] == ["a", "b"]
+
+
+def test_a_mode_that_gave_no_token_is_tried_again() -> None:
+    modes = FastestMode(["a", "b"], trial=4)
+    for tokens in (2, 0):  # of a, of b
+        for _ in range(4):
+            modes.add(modes.current(2), 2, tokens, 1.0)
+    assert "b" in run(modes, 2500, {"a": 1.0, "b": 0.5})

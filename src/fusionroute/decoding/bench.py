@@ -137,7 +137,8 @@ class Bench:
         started = time.perf_counter()
         for number in range(rounds):
             mine = [prompts[(number * count + i) % len(prompts)] for i in range(count)]
-            for place, variant in enumerate(variants):
+            # There and back: what drifts in the course of a round falls on no variant alone.
+            for place, variant in enumerate(variants[:: -1 if number % 2 else 1]):
                 done = number * len(variants) + place
                 left = (time.perf_counter() - started) / max(done, 1) * (rounds * len(variants) - done)
                 name = " + ".join(filter(None, variant))
@@ -146,28 +147,32 @@ class Bench:
                     self.turn(*variant, mine[:batch], WARM_UP)
                 parts = [self.turn(*variant, mine[i : i + batch], new) for i in range(0, count, batch)]
                 turns[variant].append(sum(parts, Turn()))
-        return [self._row(variant, batch, found, turns[YARDSTICK, None]) for variant, found in turns.items()]
+        return [self._row(variant, batch, turns) for variant in variants]
 
     def _row(
-        self, variant: tuple[str, str | None], batch: int, turns: Sequence[Turn], yardstick: Sequence[Turn]
+        self, variant: tuple[str, str | None], batch: int, turns: dict[tuple[str, str | None], list[Turn]]
     ) -> dict[str, Any]:
-        ratios = [a.speed / b.speed for a, b in zip(turns, yardstick, strict=True)]
-        whole = sum(turns, Turn())
+        mine = turns[variant]
+        ratios = [a.speed / b.speed for a, b in zip(mine, turns[YARDSTICK, None], strict=True)]
+        drafting = [a.speed / b.speed for a, b in zip(mine, turns[variant[0], None], strict=True)]
+        whole = sum(mine, Turn())
         switches = [a != b for route in whole.routes for a, b in pairwise(route)]
         runs = [len(list(group)) for route in whole.routes for _, group in groupby(route)]
         return {
             "mode": variant[0],
             "drafter": variant[1],
             "batch": batch,
-            "tokens_per_second": statistics.median(turn.speed for turn in turns),
+            "tokens_per_second": statistics.median(turn.speed for turn in mine),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
+            "drafting": statistics.median(drafting) if variant[1] else None,  # ratio to the mode without a drafter
+            "drafting_range": [min(drafting), max(drafting)] if variant[1] else None,
             "gigabytes_per_second": whole.bytes_read / whole.seconds / 1e9,
             "tokens_per_step": whole.tokens / max(whole.steps, 1),
             "switch_rate": sum(switches) / max(len(switches), 1),
             "route_run_length": sum(runs) / max(len(runs), 1),
             "catch_up_share": whole.caught_up / max(whole.run, 1),
-            "prefill_seconds": whole.prefill_seconds / len(turns),
+            "prefill_seconds": whole.prefill_seconds / len(mine),
             "kv_megabytes": whole.kv_bytes / 1e6,
             "peak_megabytes": (self._weights(variant) + whole.kv_bytes) / 1e6,
             "answers": len(whole.answers),

@@ -11,6 +11,7 @@ COLUMNS = (
     ("drafter", "drafter", "{}"),
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("ratio", "ratio", "{:.2f}"),
+    ("drafting", "drafting", "{:.2f}"),
     ("GB/s", "gigabytes_per_second", "{:.1f}"),
     ("tokens/step", "tokens_per_step", "{:.2f}"),
     ("switches", "switch_rate", "{:.2f}"),
@@ -30,6 +31,7 @@ def render(document: dict[str, Any]) -> str:
         *table(document["results"]),
         "",
         f"Ratio: to {about['yardstick']}, in the same round on the same prompts; medians of {about['rounds']} rounds. "
+        "Drafting: the same to the mode without a drafter. "
         f"{about['dtype']}, {about['threads']} threads, {about['memory_gigabytes_per_second']:.0f} GB/s of memory, "
         f"{about['prompts']} prompts, at most {tokens} new tokens, torch {about['torch']}, transformers "
         f"{about['transformers']}. Load before the start: {about['load_before']:.2f}.",
@@ -56,7 +58,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table of results."""
     lines = ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
-        cells = [form.format("" if row[key] is None else row[key]) for _, key, form in COLUMNS]
+        cells = ["" if row[key] is None else form.format(row[key]) for _, key, form in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

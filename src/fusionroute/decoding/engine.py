@@ -19,7 +19,7 @@ from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
-from fusionroute.decoding.pace import Acceptance, Average, CostModel, FastestMode
+from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
 from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
@@ -73,12 +73,13 @@ class Engine:
             )
         self.kv_budget = free_memory(model.device) // 2 if kv_budget is None else kv_budget
         beside = [i for i in range(len(self.names)) if self.members.of[i + 1] is self.members.of[0]]
-        self.modes = FastestMode(
-            ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
-        )
+        modes = ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
+        # Drafts row by row pay or are not made; that they pay as a whole is measured too, as a mode of its own.
+        drafting = [False] if drafter is None else [True, False]
+        self.modes = FastestMode([(mode, drafts) for mode in modes for drafts in drafting])
         self.beside = beside
-        self.costs = {name: CostModel() for name in self.modes.modes}  # of a step
-        self.draft_cost = Average()  # of a token that the router drafts
+        self.costs = {mode: CostModel() for mode in modes}  # of a step, for the price of a draft
+        self.draft_cost = CostModel()  # of a pass in which the router drafts
         self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
@@ -188,8 +189,9 @@ class Engine:
         if not self.active:
             return []
         visits = self.members.visits
-        mode = self.modes.current()
-        drafts = self._drafts(mode)
+        mode, drafting = self.modes.current(len(self.active))
+        began = time.perf_counter()
+        drafts = self._drafts(mode) if drafting else [([], [])] * len(self.active)
         blocks = [row.pending or Block(row, *drafted) for row, drafted in zip(self.active, drafts, strict=True)]
         started = time.perf_counter()
         undone = blocks
@@ -205,25 +207,26 @@ class Engine:
             if block.done:
                 self._settle(block)
         if self.members.visits == visits:  # a prefill says nothing of what a step costs
-            seconds = time.perf_counter() - started
-            self.costs[mode].add(len(blocks), sum(len(block.drafts) for block in blocks), seconds)
-            self.modes.add(mode, sum(len(block.event.tokens) for block in blocks if block.done), seconds)
+            ended = time.perf_counter()
+            tokens = sum(len(block.event.tokens) for block in blocks if block.done)
+            self.modes.add((mode, drafting), len(blocks), tokens, ended - began)
+            self.costs[mode].add(len(blocks), sum(len(drafted) for drafted, _ in drafts), ended - started)
         return [block.event if block.done else Event(block.row.number, [], []) for block in blocks]
 
     def _drafts(self, mode: str) -> list[tuple[list[int], list[Tensor]]]:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
-        if self.drafter is None:
-            return [([], []) for _ in self.active]
-        price = self.costs[mode].price(len(self.active), self.draft_cost.mean)
+        count = len(self.active)
+        price = self.costs[mode].price(count, self.draft_cost.seconds(count) / count)
         counts = [
             0 if row.pending else min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active
         ]
         if isinstance(self.drafter, RouterDraft):
             started, visits = time.perf_counter(), self.members.visits
             made = self.drafter.propose(self.members, self.active, counts)
-            count = sum(len(drafts) for drafts, _ in made)
-            if count and self.members.visits == visits:
-                self.draft_cost.add((time.perf_counter() - started) / count)
+            passes = max(len(drafts) for drafts, _ in made)
+            if passes and self.members.visits == visits:
+                rows = sum(len(drafts) for drafts, _ in made) / passes
+                self.draft_cost.add(rows, 0, (time.perf_counter() - started) / passes)
             return made
         return [
             (row.draft.propose(count) if row.draft is not None and count > 0 else [], [])

@@ -3,9 +3,12 @@
 Both choices change speed alone, never a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
+
+Mode = TypeVar("Mode", bound=Hashable)  # by whatever name
 
 
 class Average:
@@ -42,7 +45,7 @@ class CostModel:
         self.decay, self.guess, self.trust = decay, guess, trust
         self.squares, self.products = np.zeros((3, 3)), np.zeros(3)
 
-    def add(self, rows: int, drafted: int, seconds: float) -> None:
+    def add(self, rows: float, drafted: int, seconds: float) -> None:
         step = np.array([1.0, rows, drafted])
         self.squares = self.squares * self.decay + np.outer(step, step)
         self.products = self.products * self.decay + step * seconds
@@ -52,6 +55,19 @@ class CostModel:
         """Seconds of a step; 0 before the first."""
         return float(self.products[0] / self.squares[0, 0]) if self.squares[0, 0] else 0.0
 
+    def _fit(self) -> tuple[float, float, float]:
+        ridge = np.diag([0.0, self.trust, self.trust])
+        guessed = self.trust * self.guess * self.mean
+        base, row, draft = np.linalg.solve(self.squares + ridge, self.products + np.array([0, guessed, guessed]))
+        return float(base), float(row), float(draft)
+
+    def seconds(self, rows: int) -> float:
+        """Of a step of so many rows without drafts, at the least a tenth of the mean; 0 before the first step."""
+        if not self.mean:
+            return 0.0
+        base, row, _ = self._fit()
+        return max(base + row * rows, 0.1 * self.mean)
+
     def price(self, rows: int, drafting: float = 0.0) -> float:
         """What a drafted token for each of `rows` costs, in steps without drafts; `drafting` is seconds a draft token.
 
@@ -59,10 +75,7 @@ class CostModel:
         """
         if not self.mean:
             return self.guess * rows
-        ridge = np.diag([0.0, self.trust, self.trust])
-        guessed = self.trust * self.guess * self.mean
-        base, row, draft = np.linalg.solve(self.squares + ridge, self.products + np.array([0, guessed, guessed]))
-        return float(rows * (max(draft, 0.0) + drafting) / max(base + row * rows, 0.1 * self.mean))
+        return rows * (max(self._fit()[2], 0.0) + drafting) / self.seconds(rows)
 
 
 class Acceptance:
@@ -72,7 +85,7 @@ class Acceptance:
 
     Args:
         longest: tokens in a draft.
-        like: what a new row starts from, with the weight of two drafted tokens; None trusts it.
+        like: what a new row starts from, with the weight of two drafted tokens; None is one token of two.
         decay: weight of a draft after one more.
         retry: steps after which a row that stopped drafting tries again, at the least.
         gain: what drafts must promise: this many times the tokens per second without.
@@ -90,7 +103,7 @@ class Acceptance:
         budget: float = 0.02,
     ) -> None:
         self.longest, self.decay, self.retry, self.gain, self.budget = longest, decay, retry, gain, budget
-        expected = 0.75 if like is None else like.probability
+        expected = 0.5 if like is None else like.probability
         self.kept, self.failed = 2 * expected, 2 * (1 - expected)
         self.idle = 0
 
@@ -120,34 +133,54 @@ class Acceptance:
         return trial  # asked for until something is drafted
 
 
-class FastestMode:
-    """The mode with the fewest seconds a token: each is tried for some steps, and again after longer and longer pauses.
+class FastestMode(Generic[Mode]):
+    """The mode with the fewest seconds a token at so many rows.
+
+    Every mode is tried once, and again when what a trial costs is within the budget: soon where modes are close, seldom
+    where one is far behind. Rows come and go, so what a mode was seen to cost at other numbers of rows counts too, by
+    its `CostModel`.
 
     Args:
         trial: steps of a trial.
-        pause, longest: steps to the second trials, and between the last ones; each pause is twice the one before. What
-            the first steps of new rows say of a mode is not yet what it is worth.
-        decay: weight of a step after one more of the same mode.
+        budget: what trials may cost, as a share of all steps.
     """
 
-    def __init__(
-        self, modes: Sequence[str], trial: int = 6, pause: int = 12, longest: int = 200, decay: float = 0.85
-    ) -> None:
-        self.modes, self.trial, self.pause, self.longest, self.decay = list(modes), trial, pause, longest, decay
-        self.seconds = dict.fromkeys(self.modes, 0.0)
-        self.tokens = dict.fromkeys(self.modes, 0.0)
-        self.within = 0  # steps since the trials began
+    def __init__(self, modes: Sequence[Mode], trial: int = 4, budget: float = 0.02) -> None:
+        self.modes, self.trial, self.budget = list(modes), trial, budget
+        self.costs = {mode: CostModel() for mode in self.modes}
+        self.tokens = {mode: Average() for mode in self.modes}  # a row and step
+        self.idle = dict.fromkeys(self.modes, 0)  # steps since its last
+        self.untried = self.modes[::-1]
+        self.chosen, self.left = self.modes[0], 0  # of a trial
 
-    def current(self) -> str:
-        if len(self.modes) == 1:
-            return self.modes[0]
-        if self.within < self.trial * len(self.modes):
-            return self.modes[self.within // self.trial]
-        return min(self.modes, key=lambda mode: self.seconds[mode] / max(self.tokens[mode], 1e-9))
+    def price(self, mode: Mode, rows: int) -> float:
+        """Seconds a token."""
+        return self.costs[mode].seconds(rows) / max(rows * self.tokens[mode].mean, 1e-9)
 
-    def add(self, mode: str, tokens: int, seconds: float) -> None:
-        self.within += 1
-        if self.within == self.trial * len(self.modes) + self.pause:
-            self.within, self.pause = 0, min(2 * self.pause, self.longest)
-        self.seconds[mode] = self.seconds[mode] * self.decay + seconds
-        self.tokens[mode] = self.tokens[mode] * self.decay + tokens
+    def current(self, rows: int) -> Mode:
+        """The mode to run a step of so many rows with."""
+        if len(self.modes) > 1 and not self.left:
+            self._choose(rows)
+        return self.chosen
+
+    def _choose(self, rows: int) -> None:
+        if self.untried:
+            self.chosen, self.left = self.untried.pop(), self.trial
+            return
+        prices = {mode: self.price(mode, rows) for mode in self.modes}
+        self.chosen = min(prices, key=lambda mode: prices[mode])
+        budget = self.budget / (len(self.modes) - 1)
+        for mode in self.modes:
+            # Nothing is so far behind that it is never looked at again.
+            loss = min(prices[mode] / max(prices[self.chosen], 1e-12), 10.0) - 1
+            if mode != self.chosen and self.idle[mode] * budget > self.trial * loss:
+                self.chosen, self.left = mode, self.trial
+                return
+
+    def add(self, mode: Mode, rows: int, tokens: int, seconds: float) -> None:
+        """Note a step of so many rows that gave so many tokens."""
+        self.costs[mode].add(rows, 0, seconds)
+        self.tokens[mode].add(tokens / rows)
+        self.idle = {other: idle + 1 for other, idle in self.idle.items()}
+        self.idle[mode] = 0
+        self.left = max(self.left - 1, 0)

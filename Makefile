@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Changes whenever what is installed should change.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo demo-serve browser test lint clean
 
 setup: $(STAMP)
 
@@ -17,12 +17,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/fusionroute generate "A farmer has 12 cows and buys 3 more. How many cows has he now?"
 
+demo-serve: setup
+	$(BIN)/fusionroute serve
+
+# The page is tested in Debian's Chromium.
+browser:
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest
 
 clean:

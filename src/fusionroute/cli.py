@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusionroute import cli_evaluation
+from fusionroute import cli_evaluation, cli_serving
 from fusionroute.cli_options import (
     Alpha,
     Base,
@@ -222,6 +222,7 @@ def routing(
     print(json.dumps(result) if as_json else text)
 
 
+app.command()(cli_serving.serve)
 app.command()(pairs)
 app.command()(cli_evaluation.merge)
 app.command()(cli_evaluation.evaluate)

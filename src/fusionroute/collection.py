@@ -100,16 +100,25 @@ def load_tokenizer(folder: str | Path | None = None) -> "PreTrainedTokenizerBase
     return tokenizer
 
 
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Ids of a conversation up to where the assistant answers: the one rendering that every member sees.
 
     Without a chat template the last message's content is taken as it is, with the tokenizer's own special tokens.
+    `tools` are functions that the model may call, as JSON schemas.
     """
     if tokenizer.chat_template is None:
         return list(tokenizer(messages[-1]["content"])["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        tools=None if tools is None else list(tools),
+        add_generation_prompt=True,
+        return_dict=True,
     )
+    return list(rendered["input_ids"])
 
 
 def tokenizer_folders(config: FusionRouteConfig, folder: Path, base: str | None = None) -> dict[str, Path]:

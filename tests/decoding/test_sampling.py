@@ -322,3 +322,29 @@ def test_noise_is_keyed_by_the_length_of_the_row_not_by_its_tokens(
 ) -> None:
     sampling = Sampling(temperature=1.0, seed=seed)
     assert draw(logits, sampling, ids=ids, new=2) == draw(logits, sampling, ids=[0] * 4, new=0)
+
+
+@given(rows, texts, st.floats(-2, 2), st.floats(-2, 2))
+def test_penalties_of_what_was_written(logits: torch.Tensor, ids: list[int], often: float, once: float) -> None:
+    new = len(ids) - PROMPT
+    sampling = Sampling(frequency_penalty=often, presence_penalty=once)
+    written = ids[PROMPT:]
+    expected = [x - often * written.count(i) - once * (i in written) for i, x in enumerate(logits.tolist())]
+    assert adjust(logits, sampling, ids, new, ()).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@given(rows, st.dictionaries(st.integers(0, SIZE - 1), st.floats(-100, 100), min_size=1, max_size=4))
+def test_a_bias_is_added(logits: torch.Tensor, bias: dict[int, float]) -> None:
+    expected = [x + bias.get(i, 0.0) for i, x in enumerate(logits.tolist())]
+    assert adjust(logits, Sampling(bias=bias), [1], 0, ()).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"bias": {1: 0.5}}, {"frequency_penalty": 0.1}, {"presence_penalty": -0.1}])
+def test_adjusted_greedy_is_not_the_arg_max_as_it_is(setting: dict) -> None:
+    assert not Sampling(**setting).greedy
+
+
+def test_a_mask_may_give_a_tensor() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    for allowed in ([1, 3], torch.tensor([1, 3])):
+        assert draw(logits, Sampling(mask=lambda ids, allowed=allowed: allowed)) == 1

@@ -162,7 +162,7 @@ class Collab:
                 events.append(self._take(row, chosen, contest, values, own))
             else:
                 error = FusionRouteError(f"the reward model's scores are {values}")
-                events.append(Event(row.number, [], [], finish="error", error=error))
+                events.append(Event(row.number, finish="error", error=error))
                 self._retire(row)
             for candidate in contest:
                 self.members.release(candidate.number)
@@ -237,7 +237,7 @@ class Collab:
     ) -> Event:
         """The row's next token, and its end if this is it."""
         token = chosen.token
-        event = Event(row.number, [], [])
+        event = Event(row.number)
         row.ids.append(token)
         if token in self.ends:
             event.finish = "stop"

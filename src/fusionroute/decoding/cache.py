@@ -60,6 +60,19 @@ class KVCache:
             for layer in tensors:
                 layer[target, :, :length] = layer[source, :, :length]
 
+    def save(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies `[kv_heads, length, head_dim]` of a slot's first keys and values, by layer."""
+        return [
+            (k[slot, :, :length].clone(), v[slot, :, :length].clone())
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
+
+    def load(self, slot: int, saved: Sequence[tuple[Tensor, Tensor]], length: int) -> None:
+        """Put the first `length` tokens of what `save` gave into a slot that has room for them."""
+        for layer, (keys, values) in enumerate(saved):
+            self.keys[layer][slot, :, :length] = keys[:, :length]
+            self.values[layer][slot, :, :length] = values[:, :length]
+
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in every slot."""
         if length > self.capacity:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fusionroute import fusion
 from fusionroute.decoding.drafting import Drafter, RouterDraft
+from fusionroute.decoding.emitting import Drawn, emit
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members, free_memory
 from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
-from fusionroute.decoding.rows import Block, Completion, Event, Logprobs, Request, Row
+from fusionroute.decoding.prefixes import Prefixes
+from fusionroute.decoding.rows import Block, Completion, Event, Request, Row
 from fusionroute.decoding.sampling import draw
 from fusionroute.errors import UsageError
 from fusionroute.fusion import TokenTrace
@@ -44,9 +46,10 @@ class Engine:
         drafter: who proposes tokens; None proposes none.
         draft_length: tokens of a draft.
         kv_budget: bytes of keys and values; rows wait while there is no room. None takes half of the free memory.
+        reuse: keep what was read for rows that have ended, in what the budget has left, for rows that begin alike.
 
     Raises:
-        UsageError: a drafter for a member whose cache cannot take tokens back.
+        UsageError: a drafter, or reuse, for a member whose cache cannot take tokens back.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Engine:
         drafter: Drafter | RouterDraft | None = None,
         draft_length: int = 8,
         kv_budget: int | None = None,
+        reuse: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.members = Members(model) if members is None else members
@@ -67,10 +71,12 @@ class Engine:
         self.ends = frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
         self.names = model.config.expert_names
         self.drafter, self.draft_length = drafter, draft_length
-        if drafter is not None and not self.members.rewindable:
+        if (drafter is not None or reuse) and not self.members.rewindable:
             raise UsageError(
-                "a member's cache cannot take tokens back, so nothing can be drafted: leave the drafter out"
+                "a member's cache cannot take tokens back, so nothing can be drafted or used again: "
+                "leave the drafter and reuse out"
             )
+        self.prefixes = Prefixes(self.members) if reuse else None
         self.kv_budget = free_memory(model.device) // 2 if kv_budget is None else kv_budget
         beside = [i for i in range(len(self.names)) if self.members.of[i + 1] is self.members.of[0]]
         modes = ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
@@ -81,6 +87,7 @@ class Engine:
         self.costs = {mode: CostModel() for mode in modes}  # of a step, for the price of a draft
         self.draft_cost = CostModel()  # of a pass in which the router drafts
         self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
+        self.max_rows: int | None = None  # at once; None is as many as the budget holds
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._numbers = 0
@@ -101,6 +108,10 @@ class Engine:
         if max(request.prompt) >= self.model.config.vocab_size:
             raise UsageError(
                 f"the prompt has token id {max(request.prompt)}, the members share {self.model.config.vocab_size} ids"
+            )
+        if (bias := request.sampling.bias) and not 0 <= min(bias) <= max(bias) < self.model.config.vocab_size:
+            raise UsageError(
+                f"the bias has token ids {min(bias)} to {max(bias)}, the members share {self.model.config.vocab_size}"
             )
         if request.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
@@ -131,18 +142,31 @@ class Engine:
             self.waiting.remove(row)
         else:
             self.active.remove(row)
+            if self.prefixes is not None:
+                # What stands at the last place may be a draft that was not kept.
+                self.prefixes.keep(row.number, row.ids[:-1])
             self.members.release(row.number)
+            self._make_room(self.active)
 
     def _admit(self) -> None:
         while self.waiting:
-            rows = [*self.active, self.waiting[0]]
-            if self.members.nbytes([self._need(row) for row in rows], now=True) > self.kv_budget:
+            full = self.max_rows is not None and len(self.active) >= self.max_rows
+            if full or not self._make_room([*self.active, self.waiting[0]]):
                 return
             row = self.waiting.popleft()
+            if self.prefixes is not None:
+                row.reused = self.prefixes.give(row.number, row.ids)
             if self.drafter is not None and not isinstance(self.drafter, RouterDraft):
                 row.draft = self.drafter.start()
                 row.draft.extend(row.ids)
             self.active.append(row)
+
+    def _make_room(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows have room, once what is kept for others has made way."""
+        room = self.kv_budget - self.members.nbytes([self._need(row) for row in rows], now=True)
+        if self.prefixes is not None:
+            self.prefixes.shrink(max(room, 0))
+        return room >= 0
 
     # ------------------------------------------------------------------------------------------------- drains
 
@@ -153,7 +177,7 @@ class Engine:
             UsageError: a request that can never run; before any has.
         """
         numbers = [self.submit(request) for request in requests]
-        answers = {number: Completion([], [], "cancelled") for number in numbers}
+        answers = {number: Completion([], [], [], "cancelled") for number in numbers}
         while self.waiting or self.active:
             for event in self.step():
                 answer = answers.get(event.row)
@@ -161,6 +185,7 @@ class Engine:
                     continue
                 answer.tokens += event.tokens
                 answer.logprobs += event.logprobs
+                answer.candidates += event.candidates
                 if event.finish is not None:
                     answer.finish, answer.error, answer.tail = event.finish, event.error, event.tail
         return [answers[number] for number in numbers]
@@ -188,7 +213,7 @@ class Engine:
         self._admit()
         if not self.active:
             return []
-        visits = self.members.visits
+        visits, prompts = self.members.visits, any(not row.new for row in self.active)
         mode, drafting = self.modes.current(len(self.active))
         began = time.perf_counter()
         drafts = self._drafts(mode) if drafting else [([], [])] * len(self.active)
@@ -206,12 +231,13 @@ class Engine:
             block.row.pending = None if block.done else block
             if block.done:
                 self._settle(block)
-        if self.members.visits == visits:  # a prefill says nothing of what a step costs
+        # A prefill says nothing of what a step costs.
+        if self.members.visits == visits and not prompts:
             ended = time.perf_counter()
             tokens = sum(len(block.event.tokens) for block in blocks if block.done)
             self.modes.add((mode, drafting), len(blocks), tokens, ended - began)
             self.costs[mode].add(len(blocks), sum(len(drafted) for drafted, _ in drafts), ended - started)
-        return [block.event if block.done else Event(block.row.number, [], []) for block in blocks]
+        return [block.event if block.done else Event(block.row.number) for block in blocks]
 
     def _drafts(self, mode: str) -> list[tuple[list[int], list[Tensor]]]:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
@@ -299,7 +325,7 @@ class Engine:
             return
         fused, expert_logits, router_logits = self._logits(spans)
         choices = fused.argmax(dim=-1).tolist()
-        emitted: list[tuple[Block, int, int, int]] = []  # block, position, place in the logits, token
+        drawn: list[Drawn] = []
         place = 0
         for block, start, upto in spans:
             for position in range(start, upto):
@@ -307,14 +333,14 @@ class Engine:
                 token = self._draw(block, position, fused[where], choices[where])
                 if token is None:
                     break
-                emitted.append((block, position, where, token))
+                drawn.append(Drawn(block, position, where, token))
                 block.at = position + 1
                 if position == block.count - 1 or token != block.drafts[position] or token in block.row.ends:
                     block.done = True
                     break
                 block.kept += 1
             place += upto - start
-        self._trace(emitted, fused, expert_logits, router_logits)
+        emit(drawn, fused, expert_logits, router_logits, self.names)
 
     def _draw(self, block: Block, position: int, logits: Tensor, choice: int) -> int | None:
         row = block.row
@@ -329,43 +355,6 @@ class Engine:
 
     def _logits(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
         return fused_logits(self.members, spans)
-
-    def _trace(
-        self, emitted: Sequence[tuple[Block, int, int, int]], fused: Tensor, experts: Tensor, routers: Tensor
-    ) -> None:
-        """Note what was drawn, (block, position, place in the logits, token), up to the end of each row."""
-        if not emitted:
-            return
-        places = torch.tensor([where for _, _, where, _ in emitted], device=fused.device)
-        tokens = torch.tensor([token for _, _, _, token in emitted], device=fused.device)
-        choices = fusion.choices(fused[places], experts[places], routers[places], tokens)
-        for (block, position, where, token), choice in zip(emitted, choices, strict=True):
-            row, event = block.row, block.event
-            if event.finish is not None:
-                continue
-            if token in row.ends:
-                event.finish = "stop"
-                continue
-            last = block.first + position + 1 >= row.limit
-            scores = torch.zeros(len(self.names)) if block.scores is None else block.scores[position]
-            event.tokens.append(
-                TokenTrace(
-                    id=token,
-                    text="" if row.text is None else row.text.push(token, last=last),
-                    expert=block.writer(position),
-                    weights=dict(zip(self.names, scores.softmax(-1).tolist(), strict=True)),
-                    **choice,
-                    drafted=position < len(block.drafts) and token == block.drafts[position],
-                )
-            )
-            if row.request.logprobs is not None:
-                event.logprobs.append(_logprobs(fused[where], token, row.request.logprobs))
-            if row.text is not None and row.text.stopped:
-                event.finish = "stop"
-            elif last:
-                event.finish = "length"
-        for block in {id(entry[0]): entry[0] for entry in emitted}.values():
-            block.done |= block.event.finish is not None
 
     def _settle(self, block: Block) -> None:
         """Take the block's tokens into the row, lower watermarks to what is true, retire the row if it ended."""
@@ -385,9 +374,3 @@ class Engine:
         if row.draft is not None:
             row.draft.extend(tokens)
         row.last_route = block.routes[block.at - 1]
-
-
-def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
-    logprobs = logits.log_softmax(dim=-1)
-    values, ids = logprobs.topk(count)
-    return Logprobs(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -45,8 +45,12 @@ class Pool(Protocol):
     def seen(self, member: int, row: int) -> int: ...
     def rewind(self, row: int, length: int) -> None: ...
     def fork(self, member: int, row: int, copy: int) -> None: ...
+    def save(self, member: int, row: int, length: int) -> Any: ...
+    def load(self, member: int, row: int, saved: Any, length: int) -> None: ...
     def release(self, row: int) -> None: ...
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int: ...
+    @property
+    def bytes_per_token(self) -> int: ...
     @property
     def allocated(self) -> int: ...
 
@@ -108,6 +112,14 @@ class PackedPool:
             self.slots[member, copy], self.marks[member, copy] = self.cache.acquire(), seen
             self.cache.copy(self.slots[member, row], self.slots[member, copy], seen)
 
+    def save(self, member: int, row: int, length: int) -> Any:
+        return self.cache.save(self.slots[member, row], length)
+
+    def load(self, member: int, row: int, saved: Any, length: int) -> None:
+        self.cache.reserve(_room(length))
+        self.slots[member, row], self.marks[member, row] = self.cache.acquire(), length
+        self.cache.load(self.slots[member, row], saved, length)
+
     def release(self, row: int) -> None:
         for member in self.lanes:
             self.marks.pop((member, row), None)
@@ -124,6 +136,10 @@ class PackedPool:
         if now:
             slots, capacity = max(slots, self.cache.slots), max(capacity, self.cache.capacity)
         return slots * capacity * self.cache.bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.cache.bytes_per_token
 
     @property
     def allocated(self) -> int:
@@ -170,19 +186,31 @@ class PlainPool:
         if row in self.caches:
             self.caches[copy], self.marks[copy] = deepcopy(self.caches[row]), self.marks[row]
 
+    def save(self, member: int, row: int, length: int) -> Any:
+        return self._cut(self.caches[row], self.marks[row], length)
+
+    def load(self, member: int, row: int, saved: Any, length: int) -> None:
+        self.caches[row], self.marks[row] = self._cut(saved, saved.get_seq_length(), length), length
+
+    def _cut(self, cache: Any, seen: int, length: int) -> Any:
+        copy = deepcopy(cache)
+        if seen > length:
+            copy.crop(length - seen)
+        return copy
+
     def release(self, row: int) -> None:
         self.caches.pop(row, None)
         self.marks.pop(row, None)
 
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int:
-        return sum(lengths) * self._bytes_per_token
+        return sum(lengths) * self.bytes_per_token
 
     @property
     def allocated(self) -> int:
-        return sum(self.marks.values()) * self._bytes_per_token
+        return sum(self.marks.values()) * self.bytes_per_token
 
     @property
-    def _bytes_per_token(self) -> int:
+    def bytes_per_token(self) -> int:
         config = self.member.config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -250,6 +278,18 @@ class Members:
     def fork(self, member: int, row: int, copy: int) -> None:
         """Let row `copy` begin as `row` is: what the member has seen of this, it need not see again in that."""
         self.of[member].fork(member, row, copy)
+
+    def save(self, member: int, row: int, length: int) -> Any:
+        """A copy of the member's keys and values of the row's first `length` tokens, which it must have seen."""
+        return self.of[member].save(member, row, length)
+
+    def load(self, member: int, row: int, saved: Any, length: int) -> None:
+        """Let a row that the member has not seen begin with the first `length` tokens of what `save` gave."""
+        self.of[member].load(member, row, saved, length)
+
+    def saved_bytes(self, member: int, length: int) -> int:
+        """Bytes of what `save` gives."""
+        return length * self.of[member].bytes_per_token
 
     def release(self, row: int) -> None:
         for pool in self.pools:

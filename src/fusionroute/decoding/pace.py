@@ -99,7 +99,7 @@ class Acceptance:
         *,
         decay: float = 0.85,
         retry: int = 24,
-        gain: float = 1.05,
+        gain: float = 1.15,
         budget: float = 0.02,
     ) -> None:
         self.longest, self.decay, self.retry, self.gain, self.budget = longest, decay, retry, gain, budget

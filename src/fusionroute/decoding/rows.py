@@ -36,6 +36,7 @@ class Request:
             experts, which traces call `all`.
         logprobs: that many likeliest alternatives with their log-probabilities at each token, of the fused distribution
             before temperature; 0 gives the emitted token's alone, None nothing.
+        candidates: that many likeliest tokens of each side at each token; 0 is none.
     """
 
     prompt: Sequence[int]
@@ -47,6 +48,7 @@ class Request:
     expert: str | None = None
     routing: Literal["token", "query", "uniform"] = "token"
     logprobs: int | None = None
+    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ class Logprobs:
     top: list[tuple[int, float]]
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Where one token was drawn: the likeliest (id, log-probability) pairs of Eq. 1, the expert and the router."""
+
+    fused: list[tuple[int, float]]
+    expert: list[tuple[int, float]]
+    router: list[tuple[int, float]]
+
+
 @dataclass
 class Event:
     """What one step gave one row: its new tokens, and why it ended if it did.
@@ -65,8 +76,9 @@ class Event:
     """
 
     row: int
-    tokens: list[TokenTrace]
-    logprobs: list[Logprobs]
+    tokens: list[TokenTrace] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    candidates: list[Candidates] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
     tail: str = ""
@@ -78,6 +90,7 @@ class Completion:
 
     tokens: list[TokenTrace]
     logprobs: list[Logprobs]
+    candidates: list[Candidates]
     finish: Finish
     error: Exception | None = None
     tail: str = ""
@@ -108,6 +121,7 @@ class Row:
         self.ends = frozenset() if request.ignore_end else engine.ends
         self.limit = min(len(self.ids) + request.max_new_tokens, engine.context)
         self.last_route = self.expert
+        self.reused = 0  # prompt tokens that were read for an earlier row
         self.text = None if engine.tokenizer is None else TextPieces(engine.tokenizer, request.stop)
         self.draft: Draft | None = None
         self.acceptance = Acceptance(engine.draft_length, engine.acceptance)
@@ -144,7 +158,7 @@ class Block:
         self.begun = self.done = False
         self.kept = 0  # drafted tokens that were drawn
         self.failure: Exception | None = None
-        self.event = Event(row.number, [], [])
+        self.event = Event(row.number)
 
     def decide(self, routes: list[int]) -> None:
         """Take the router's decisions, as far as the row's policy leaves them to it."""

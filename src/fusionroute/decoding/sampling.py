@@ -3,7 +3,8 @@
 The steps are those of transformers' `generate`, in its order, on the fused logits. Knows nothing of models.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from fusionroute.errors import UsageError, require
 
 _MASK = (1 << 64) - 1
 
-Mask = Callable[[Sequence[int]], Collection[int]]
+Mask = Callable[[Sequence[int]], Collection[int] | Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,12 @@ class Sampling:
         min_p: tokens at least so likely, relative to the likeliest.
         repetition_penalty: divides positive fused logits of tokens that the row has, prompt included, and multiplies
             negative ones (CTRL, arXiv 1909.05858).
+        frequency_penalty, presence_penalty: taken from the fused logit of a new token's id as often as the row has
+            written it, and once if it has (the OpenAI API's, which leaves the prompt out).
+        bias: id to what is added to its fused logit.
         min_tokens: no end id before so many new tokens.
         seed: the same seed gives the same text, in any batch.
-        mask: ids so far, prompt included, to the ids allowed next; stateless.
+        mask: ids so far, prompt included, to the ids allowed next, a tensor `[N]` int64 if they are many; stateless.
     """
 
     temperature: float = 0.0
@@ -40,6 +44,9 @@ class Sampling:
     min_tokens: int = 0
     seed: int = 0
     mask: Mask | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -55,7 +62,8 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether a token is the arg-max of the fused logits as they are."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.min_tokens == 0 and self.mask is None
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return self.temperature == 0 and not (penalties or self.bias or self.min_tokens) and self.mask is None
 
 
 def gumbel(seed: int, position: int, size: int) -> Tensor:
@@ -90,10 +98,20 @@ def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, end
         had = logits[seen]
         penalty = sampling.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(had > 0, had / penalty, had * penalty))
+    written = Counter(ids[len(ids) - new :]) if sampling.frequency_penalty or sampling.presence_penalty else {}
+    added = {i: -sampling.frequency_penalty * count - sampling.presence_penalty for i, count in written.items()}
+    for i, value in (sampling.bias or {}).items():
+        added[i] = added.get(i, 0.0) + value
+    if added:
+        logits = logits.index_add(
+            0, torch.tensor(list(added), device=logits.device), torch.tensor(list(added.values()), device=logits.device)
+        )
     if new < sampling.min_tokens and ends:
         logits = logits.index_fill(0, torch.tensor(sorted(ends), device=logits.device), float("-inf"))
     if sampling.mask is not None:
-        allowed = torch.tensor(sorted(sampling.mask(ids)), dtype=torch.long, device=logits.device)
+        found = sampling.mask(ids)
+        allowed = found if isinstance(found, Tensor) else torch.tensor(sorted(found), dtype=torch.long)
+        allowed = allowed.to(logits.device)
         if not logits[allowed].isfinite().any():
             raise UsageError("the mask allows no token, or only an end before min_tokens")
         logits = torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])

@@ -17,7 +17,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fusionroute import collection as collections
-from fusionroute.configuration import ROUTER
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
@@ -25,6 +24,7 @@ from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation.answering import answer
 from fusionroute.evaluation.systems import Sources, find
 from fusionroute.modeling import FusionRouteForCausalLM
+from fusionroute.reading import read
 
 
 @register_model("fusionroute")
@@ -141,27 +141,15 @@ class FusionRouteLM(TemplateLM):
             width, keep = max(map(len, rows)) - 1, max(counts)
             ids = torch.tensor([[0] * (width + 1 - len(row)) + row[:-1] for row in rows])
             mask = torch.tensor([[0] * (width + 1 - len(row)) + [1] * (len(row) - 1) for row in rows])
-            logprobs = self._logits(ids, mask, keep, len(rows[0]) - counts[0]).float().log_softmax(-1)
+            policy, prompt = self.system.policy, len(rows[0]) - counts[0]
+            logits = read(self.model, ids, mask, policy, keep=keep, prompt_length=prompt)
+            logprobs = logits.float().log_softmax(-1)
             for i, row, count, found in zip(batch, rows, counts, logprobs, strict=True):
                 labels = torch.tensor(row[len(row) - count :], device=found.device)
                 found = found[keep - count :]
                 total = found.gather(-1, labels.unsqueeze(-1)).sum().item()
                 results[i] = (total, bool((found.argmax(-1) == labels).all()))
         return results
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, keep: int, prompt_length: int) -> torch.Tensor:
-        """The system's logits `[B, keep, V]` at the last positions of rows padded on the left."""
-        device = self.model.device
-        ids, mask, policy = ids.to(device), mask.to(device), dict(self.system.policy)
-        if policy.get("expert") == ROUTER:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            output = self.model.router(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
-            )
-            return output.logits[..., : self.model.config.vocab_size]
-        if policy.get("routing") == "query":
-            policy["prompt_length"] = prompt_length
-        return self.model(ids, attention_mask=mask, logits_to_keep=keep, **policy).logits
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows of the context's length, each token once."""

@@ -1,0 +1,53 @@
+"""`fusionroute serve`: options to settings, nothing else."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from fusionroute.cli_options import Base, Collection, Dtype
+from fusionroute.errors import FusionRouteError, UsageError
+
+KEY = "FUSIONROUTE_API_KEY"
+
+
+def serve(
+    collection: Collection = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others reach the machine only at 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="The collection's name for clients; its folder's if none.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help=f"Clients must send it; {KEY} in the environment does too.")
+    ] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="A site whose pages may use the server; repeatable.")] = None,
+    rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 64,
+    waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with 429.")] = 256,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; what the context allows if none.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Longest answer; what the context allows if none.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer, waiting included.")] = 600.0,
+    kv_gigabytes: Annotated[
+        float | None, typer.Option(help="For keys and values; half of what is free if none.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option(help="Write what is asked to the log.")] = False,
+    access_log: Annotated[bool, typer.Option(help="A line for each request, without what it says.")] = True,
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
+    """Serve a collection: the OpenAI protocol at /v1, a page at / that shows who wrote what."""
+    try:
+        from fusionroute.serving import server
+    except ImportError as error:
+        raise FusionRouteError(f"serving needs {error.name}: pip install 'fusionroute[serve]'") from None
+    from fusionroute.serving.settings import Limits
+
+    if kv_gigabytes is not None and kv_gigabytes <= 0:
+        raise UsageError(f"--kv-gigabytes must be above 0, not {kv_gigabytes}")
+    limits = Limits(rows, waiting, prompt_tokens, new_tokens, seconds=timeout)
+    budget = None if kv_gigabytes is None else int(kv_gigabytes * 1e9)
+    service = server.make_service(
+        collection, limits, name=name, dtype=dtype, base=base, kv_budget=budget, log_prompts=log_prompts
+    )
+    key = api_key or os.environ.get(KEY) or None
+    server.serve(service, host, port, key=key, origins=tuple(cors or ()), access_log=access_log)

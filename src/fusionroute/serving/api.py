@@ -1,0 +1,398 @@
+"""The routes: the OpenAI protocol, health, metrics, the page. Each hands over and shapes what comes back."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
+
+from fusionroute import __version__
+from fusionroute.configuration import ROUTER
+from fusionroute.decoding.rows import Event
+from fusionroute.serving import policies
+from fusionroute.serving.asking import Asked, Asking
+from fusionroute.serving.echo import echo
+from fusionroute.serving.errors import ApiError
+from fusionroute.serving.guard import Guard
+from fusionroute.serving.metrics import Metrics
+from fusionroute.serving.replies import Replies
+from fusionroute.serving.scheduler import Scheduler
+from fusionroute.serving.schema import ChatRequest, CompletionRequest
+from fusionroute.serving.settings import Limits
+from fusionroute.serving.words import Words
+
+log = logging.getLogger("fusionroute.serve")
+T = TypeVar("T")
+PAGE = {
+    "page.css": "text/css", "icon.svg": "image/svg+xml", "main.js": "text/javascript", "stream.js": "text/javascript",
+    "tokens.js": "text/javascript", "export.js": "text/javascript",
+}  # fmt: skip
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'"
+
+
+@dataclass
+class Service:
+    """One collection and all that answers for it.
+
+    Attributes:
+        name: of the collection, as clients see it.
+        log_prompts: write conversations to the log.
+    """
+
+    name: str
+    scheduler: Scheduler
+    asking: Asking
+    words: Words
+    metrics: Metrics
+    limits: Limits
+    log_prompts: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    # Tokenizers are not made for several threads.
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    @property
+    def experts(self) -> list[str]:
+        return list(self.asking.config.expert_names)
+
+    async def asked(self, understand: Callable[[Any], Asked], body: Any) -> Asked:
+        if self.log_prompts:
+            log.info("asked: %s", body.model_dump_json(exclude_none=True))
+        return await asyncio.get_running_loop().run_in_executor(self.reader, understand, body)
+
+
+def create_app(service: Service, *, key: str | None = None, origins: tuple[str, ...] = ()) -> FastAPI:
+    """The application.
+
+    Args:
+        key: that clients must send; None asks for none.
+        origins: sites whose pages may use this server.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.scheduler.start()
+        yield
+        await service.scheduler.drain()
+        service.reader.shutdown(wait=False)
+
+    app = FastAPI(title="FusionRoute", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, limits=service.limits, key=key)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
+    _protocol(app, service)
+    _operations(app, service)
+    _page(app)
+    _describe(app)
+    return app
+
+
+def _protocol(app: FastAPI, service: Service) -> None:
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"description": what, "content": {"application/json": {"schema": _ERROR}}}
+        for status, what in _STATUSES.items()
+    }
+    replies = {200: {"description": "the answer, or with `stream` its pieces", "content": _REPLIES}, **errors}
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "fusionroute",
+            "max_model_len": service.asking.config.max_position_embeddings,
+        }
+
+    @app.get("/v1/models", responses={401: errors[401]})
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in policies.names(service.name, service.experts)]}
+
+    @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404]})
+    async def model(model: str) -> dict[str, Any]:
+        policies.parse(model, service.name, service.experts)
+        return card(model)
+
+    @app.post("/v1/chat/completions", responses=replies)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        asked = await service.asked(service.asking.chat, body)
+        replies = Replies("chat.completion", body.model or service.name, service.experts, service.words, asked)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return await _answer(service, request, replies, stream=bool(body.stream), usage=usage)
+
+    @app.post("/v1/completions", responses=replies)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        asked = await service.asked(service.asking.completion, body)
+        replies = Replies("text_completion", body.model or service.name, service.experts, service.words, asked)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        echoes = []
+        if body.echo:
+            echoes = [await service.scheduler.run(partial(echo, service.scheduler.engine, row)) for row in _each(asked)]
+        if body.max_tokens == 0:
+            return _json(replies.whole(echoes))
+        return await _answer(service, request, replies, stream=bool(body.stream), usage=usage, echoes=echoes)
+
+    @app.post("/v1/embeddings", status_code=404, responses={404: errors[404]})
+    async def embeddings() -> Response:
+        raise ApiError(404, "a collection writes text; it has no embeddings", code="not_supported")
+
+
+def _each(asked: Asked) -> list[Any]:
+    """The first row of each prompt."""
+    return asked.rows[:: asked.n]
+
+
+def _operations(app: FastAPI, service: Service) -> None:
+    ill: dict[int | str, dict[str, Any]] = {503: {"description": "not now"}}
+
+    @app.get("/health", responses=ill)
+    @app.get("/health/live", responses=ill)
+    async def live() -> Response:
+        return _health(service.scheduler.alive)
+
+    @app.get("/health/ready", responses=ill)
+    async def ready() -> Response:
+        return _health(service.scheduler.alive and not service.scheduler.draining)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/web/collection.json")
+    async def about() -> dict[str, Any]:
+        """What the page needs to know."""
+        config = service.asking.config
+        return {
+            "name": service.name,
+            "experts": [{"name": spec.name, "description": spec.description} for spec in config.expert_specs],
+            "router": ROUTER,
+            "alpha": config.alpha,
+            "version": __version__,
+        }
+
+
+def _page(app: FastAPI) -> None:
+    files = resources.files("fusionroute.serving") / "web"
+    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    def send(name: str, kind: str) -> Response:
+        return Response((files / name).read_bytes(), media_type=kind, headers=headers)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return send("page.html", "text/html")
+
+    @app.get("/web/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in PAGE:
+            raise HTTPException(404)
+        return send(name, PAGE[name])
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+async def _answer(
+    service: Service, request: Request, replies: Replies, *, stream: bool, usage: bool, echoes: Any = ()
+) -> Response:
+    events = service.scheduler.answer(replies.asked.rows)
+    if not stream:
+        found = await _unless_gone(request, _all(events, replies))
+        return Response(status_code=499) if found is None else _json(replies.whole(echoes))
+    # What is refused before the first token is refused by its status.
+    try:
+        begun = await _unless_gone(request, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    if begun is None:
+        await events.aclose()
+        return Response(status_code=499)
+    return EventStream(_frames(begun, events, replies, usage))
+
+
+async def _all(events: Any, replies: Replies) -> bool:
+    async with aclosing(events):
+        async for index, event in events:
+            replies.choices[index].add(event)
+    return True
+
+
+async def _frames(begun: tuple[int, Event], events: Any, replies: Replies, usage: bool) -> AsyncGenerator[str]:
+    async with aclosing(events):
+        try:
+            if replies.chat:
+                yield _frame(replies.first())
+            yield _frame(replies.chunk(*begun))
+            async for index, event in events:
+                yield _frame(replies.chunk(index, event))
+            if usage:
+                yield _frame(replies.last())
+        except ApiError as error:
+            yield _frame(error.body())
+        except Exception:
+            log.exception("a stream broke off")
+            yield _frame(ApiError(500, "the server failed; its log says why").body())
+    yield "data: [DONE]\n\n"
+
+
+def _frame(body: dict[str, Any]) -> str:
+    return f"data: {_dump(body)}\n\n"
+
+
+def _dump(body: dict[str, Any]) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(_dump(body), media_type="application/json")
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """What `work` gives; None, and no more work, once the client is gone."""
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events, until the client is gone; then what makes them ends at once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[str]) -> None:
+        self.frames = frames
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending: asyncio.Future[None] = asyncio.ensure_future(self._send(send))
+        gone: asyncio.Future[None] = asyncio.ensure_future(_gone(receive))
+        await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        for each in (sending, gone):
+            each.cancel()
+        await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        async with aclosing(self.frames):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for frame in self.frames:
+                await send({"type": "http.response.body", "body": frame.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+_STATUSES = {
+    400: "the request cannot be done",
+    401: "the key is missing or wrong",
+    404: "there is no such model",
+    408: "the body did not arrive in time",
+    413: "the body is too long",
+    429: "too many answers wait",
+    500: "the server failed",
+    503: "the server is stopping",
+    504: "no answer in time",
+}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+_REPLIES = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["id", "object", "created", "model", "choices", "usage"],
+            "properties": {
+                "id": {"type": "string"},
+                "object": {"enum": ["chat.completion", "text_completion"]},
+                "created": {"type": "integer"},
+                "model": {"type": "string"},
+                "choices": {"type": "array", "minItems": 1, "items": {"type": "object"}},
+                "usage": {"type": "object"},
+            },
+        }
+    },
+    "text/event-stream": {"schema": {"type": "string"}},
+}
+
+
+def _describe(app: FastAPI) -> None:
+    """Leave out of the description what FastAPI answers to bad bodies: here that is a 400 as any other."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        found = describe()
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return found
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    message = first["msg"] if place is None else f"{place}: {first['msg']}"
+    return await _refused(request, ApiError(400, message, place, "invalid_request"))
+
+
+async def _no_route(request: Request, error: Any) -> Response:
+    message = {404: "there is nothing here", 405: f"{request.method} is not for this address"}.get(error.status_code)
+    refusal = ApiError(error.status_code, message or str(error.detail), code="not_found", headers=error.headers)
+    return await _refused(request, refusal)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return await _refused(request, ApiError(500, "the server failed; its log says why"))
+
+
+def _health(well: bool) -> Response:
+    return JSONResponse({"status": "ok" if well else "unavailable"}, 200 if well else 503)

@@ -1,0 +1,120 @@
+"""A collection behind the routes, listening: what `fusionroute serve` runs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from fusionroute import collection as collections
+from fusionroute.decoding.drafting import PromptLookup
+from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.members import Members
+from fusionroute.modeling import FusionRouteForCausalLM
+from fusionroute.serving.api import Service, create_app
+from fusionroute.serving.asking import Asking
+from fusionroute.serving.guard import PatientProtocol
+from fusionroute.serving.metrics import Metrics
+from fusionroute.serving.scheduler import Scheduler
+from fusionroute.serving.settings import Limits
+from fusionroute.serving.words import Words
+from fusionroute.training.running import quiet
+
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def make_service(
+    collection: str | None,
+    limits: Limits,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+    base: str | None = None,
+    kv_budget: int | None = None,
+    log_prompts: bool = False,
+) -> Service:
+    """Load a collection and what answers for it.
+
+    Args:
+        name: as clients see the collection; None takes its folder's.
+
+    Raises:
+        FusionRouteError: it does not load.
+    """
+    folder = collections.locate(collection)
+    with quiet():
+        model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base)
+        # One for the engine's thread, which decodes, one for the reader's.
+        tokenizer, reading = (collections.load_tokenizer(folder) for _ in range(2))
+    members = Members(model)
+    engine = Engine(
+        model,
+        tokenizer,
+        members=members,
+        drafter=PromptLookup() if members.rewindable else None,
+        kv_budget=kv_budget,
+        reuse=members.rewindable,
+    )
+    settings = model.generation_config
+    defaults = {key: value for key in _DEFAULTS if settings.do_sample and (value := getattr(settings, key, None))}
+    name = name or (collections.DEFAULT if collection is None else Path(collection).name)
+    metrics = Metrics()
+    return Service(
+        name,
+        Scheduler(engine, limits, metrics),
+        Asking(name, model.config, reading, limits, defaults, sorted(engine.ends)),
+        Words(collections.load_tokenizer(folder)),
+        metrics,
+        limits,
+        log_prompts,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.stopping()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    service: Service,
+    host: str,
+    port: int,
+    *,
+    key: str | None = None,
+    origins: tuple[str, ...] = (),
+    access_log: bool = True,
+) -> None:
+    """Listen until told to stop; then finish what runs."""
+    app = create_app(service, key=key, origins=origins)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=PatientProtocol,
+        ws="none",
+        access_log=access_log,
+        log_config=_logging(),
+        timeout_graceful_shutdown=int(service.limits.drain_seconds) + 1,
+        server_header=False,
+    )
+
+    def stopping() -> None:
+        service.scheduler.draining = True
+
+    print(f"{service.name}: http://{host}:{port}/ (the page), http://{host}:{port}/v1 (for clients)", file=sys.stderr)
+    Server(config, stopping).run()
+
+
+def _logging() -> dict[str, Any]:
+    """uvicorn's logging, and ours beside it."""
+    config: dict[str, Any] = uvicorn.config.LOGGING_CONFIG
+    return {**config, "loggers": {**config["loggers"], "fusionroute": {"handlers": ["default"], "level": "INFO"}}}

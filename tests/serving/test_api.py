@@ -1,0 +1,237 @@
+"""What the stock client does not show: raw replies, disconnects, limits, health, figures, hostile bodies."""
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.serving.conftest import NAME, Live, Start
+
+ASK = {"model": NAME, "messages": [{"role": "user", "content": "How many cows?"}]}
+LONG = {**ASK, "max_tokens": 400, "ignore_eos": True}
+
+
+def is_error(reply: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in reply.text
+    assert "/fusionroute/" not in reply.text
+    if code is not None:
+        assert error["code"] == code
+    return dict(error)
+
+
+def test_a_stream_ends_as_the_protocol_has_it(live: Live) -> None:
+    with (
+        live.http() as http,
+        http.stream("POST", "/v1/chat/completions", json={**ASK, "max_tokens": 3, "stream": True}) as reply,
+    ):
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        text = reply.read().decode()
+    frames = text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(frame.removeprefix("data: "))["object"] == "chat.completion.chunk" for frame in frames[:-2])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(live: Live, stream: bool) -> None:
+    with socket.create_connection(("127.0.0.1", int(live.url.rsplit(":", 1)[1]))) as raw:
+        body = json.dumps({**LONG, "stream": stream}).encode()
+        head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(body)}", "", ""]
+        raw.sendall("\r\n".join(head).encode() + body)
+        until = time.monotonic() + 20
+        while not live.engine.active:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        (row,) = live.engine.active
+        at = row.new
+    assert live.idle(5)
+    assert row.new < 390, (at, row.new)
+
+
+def test_too_many_are_told_to_come_later(start: Start) -> None:
+    small = start(rows=1, waiting=1)
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        with small.http() as http:
+            replies.append(http.post("/v1/chat/completions", json=LONG))
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted({reply.status_code for reply in replies}) == [200, 429]
+    refused = [reply for reply in replies if reply.status_code == 429]
+    assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+    is_error(refused[0], 429, "queue_full")
+    assert small.idle()
+
+
+def test_more_than_may_ever_run_is_refused(start: Start) -> None:
+    small = start(rows=1, waiting=1)
+    with small.http() as http:
+        is_error(http.post("/v1/chat/completions", json={**ASK, "n": 3}), 400)
+
+
+def test_time_is_up(start: Start) -> None:
+    slow = start(seconds=0.05)
+    with slow.http() as http:
+        is_error(http.post("/v1/chat/completions", json=LONG), 504, "timeout")
+        text = http.post("/v1/chat/completions", json={**LONG, "stream": True}).text
+        assert '"code":"timeout"' in text
+    assert slow.idle()
+
+
+def test_longer_prompts_and_answers_than_allowed(start: Start) -> None:
+    short = start(prompt_tokens=60, new_tokens=5)
+    with short.http() as http:
+        long = {**ASK, "messages": [{"role": "user", "content": "word " * 100}]}
+        is_error(http.post("/v1/chat/completions", json=long), 400, "context_length_exceeded")
+        is_error(http.post("/v1/chat/completions", json={**ASK, "max_tokens": 6}), 400, "context_length_exceeded")
+        free = http.post("/v1/chat/completions", json={**ASK, "ignore_eos": True}).json()
+        assert free["usage"]["completion_tokens"] == 5
+
+
+def test_health_and_figures(live: Live) -> None:
+    with live.http() as http:
+        assert http.get("/health").json() == http.get("/health/ready").json() == {"status": "ok"}
+        http.post("/v1/chat/completions", json={**ASK, "max_tokens": 5, "ignore_eos": True})
+        figures = http.get("/metrics").text
+    written = [line for line in figures.splitlines() if line.startswith("fusionroute_tokens_total")]
+    assert sum(float(line.split()[-1]) for line in written) >= 5
+    for name in (
+        "rows_running", "rows_waiting", "rows_ended_total", "time_to_first_token_seconds_count", "switches_total",
+        "time_per_token_seconds_count", "tokens_drafted_total", "kv_bytes", "kv_kept_bytes",
+    ):  # fmt: skip
+        assert f"fusionroute_{name}" in figures
+
+
+@pytest.mark.parametrize("path", ["/", "/web/main.js", "/web/page.css", "/web/collection.json"])
+def test_the_page_is_there_and_asks_nobody_else(live: Live, path: str) -> None:
+    with live.http() as http:
+        reply = http.get(path)
+    assert reply.status_code == 200
+    assert "http://" not in reply.text.replace("http://www.w3.org/", "")
+    assert "https://" not in reply.text
+    if path == "/":
+        assert "default-src 'none'" in reply.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/web/../api.py", "/web/%2e%2e/api.py", "/web/api.py", "/nothing", "/v1/nothing", "/docs"]
+)
+def test_there_is_nothing_else(live: Live, path: str) -> None:
+    with live.http() as http:
+        is_error(http.get(path), 404)
+
+
+def test_the_wrong_method(live: Live) -> None:
+    with live.http() as http:
+        is_error(http.get("/v1/chat/completions"), 405)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"", "application/json"), (b"{", "application/json"), (b"[]", "application/json"), (b"null", "application/json"),
+     (b"\xff\xfe", "application/json"), (json.dumps(ASK).encode(), "text/plain"), (b"{}" * 10, "application/json")],
+)  # fmt: skip
+def test_bodies_that_are_none(live: Live, content: bytes, kind: str) -> None:
+    with live.http() as http:
+        is_error(http.post("/v1/chat/completions", content=content, headers={"content-type": kind}), 400)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**6), 10**6)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = [
+    "messages", "model", "temperature", "top_p", "n", "stop", "seed", "stream_options", "logit_bias", "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "ignore_eos", "alpha", "expert", "routing", "candidates", "response_format",
+    "tools", "tool_choice", "logprobs", "top_logprobs", "frequency_penalty", "max_completion_tokens", "user",
+]  # fmt: skip
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
+def test_any_body_has_an_answer_or_a_refusal(live: Live, changes: dict[str, Any]) -> None:
+    with live.http() as http:
+        reply = http.post("/v1/chat/completions", json={**ASK, "max_tokens": 2, **changes})
+    if reply.status_code != 200:
+        assert reply.status_code in (400, 404), reply.text
+        is_error(reply, reply.status_code)
+
+
+def test_a_bad_request_does_not_disturb_another(live: Live) -> None:
+    with live.http() as http:
+        body = {**ASK, "max_tokens": 60, "seed": 1, "ignore_eos": True}
+        alone = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    found: list[Any] = []
+
+    def good() -> None:
+        with live.http() as http:
+            found.append(http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"])
+
+    thread = threading.Thread(target=good)
+    thread.start()
+    with live.http() as http:
+        while thread.is_alive():
+            http.post("/v1/chat/completions", content=b"{")
+            http.post("/v1/chat/completions", json={**ASK, "logit_bias": {"-1": 2}})
+    assert found == [alone]
+
+
+def test_a_step_that_fails_costs_what_ran_and_no_more(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    fragile = start()
+    step, failing = fragile.engine.step, threading.Event()
+
+    def fail() -> Any:
+        if failing.is_set():
+            failing.clear()
+            raise MemoryError("a secret place")
+        return step()
+
+    monkeypatch.setattr(fragile.engine, "step", fail)
+    with fragile.http() as http:
+        failing.set()
+        error = is_error(http.post("/v1/chat/completions", json=ASK | {"max_tokens": 3}), 500)
+        assert "secret" not in error["message"]
+        assert http.post("/v1/chat/completions", json=ASK | {"max_tokens": 3}).status_code == 200
+    assert fragile.idle()
+
+
+def test_stopping_finishes_what_runs_and_refuses_what_comes(start: Start) -> None:
+    closing = start(drain_seconds=20)
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        with closing.http() as http:
+            replies.append(http.post("/v1/chat/completions", json=LONG))
+
+    with closing.http() as http:
+        http.get("/health")  # a connection that stays
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not closing.engine.active:
+            time.sleep(0.001)
+        closing.service.scheduler.draining = True
+        is_error(http.post("/v1/chat/completions", json=ASK), 503, "stopping")
+        assert http.get("/health/ready").status_code == 503
+        assert http.get("/health/live").status_code == 200
+    closing.stop()
+    thread.join()
+    assert replies[0].status_code == 200
+    assert replies[0].json()["usage"]["completion_tokens"] == 400

@@ -245,7 +245,7 @@ def load(collection: str | None, minutes: float, clients: int) -> dict[str, Any]
         "clients": clients,
         "outcomes": dict(outcomes),
         "failed": failed,
-        "rows_left": held["fusionroute_rows_running"] + held["fusionroute_rows_waiting"],
+        "rows_left": sum(held[f"fusionroute_rows_{state}"] for state in ("running", "waiting", "open")),
         "kv_bytes_left": held["fusionroute_kv_bytes"],
         "memory_ratio": after / before,
         "memory_megabytes": [before / 1e6, after / 1e6],

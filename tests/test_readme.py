@@ -1,10 +1,14 @@
 """Every command and the Python of the README run as they stand; hours-long ones with --tiny."""
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,9 +22,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of every bash block, without `make test`, which is what runs this."""
+    """Every line of every bash block, without `make test`, which is what runs this, and the server, which runs on."""
     lines = [line.strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and line != "make test"]
+    return [line for line in lines if line and line not in ("make test", "make demo-serve")]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,26 @@ def test_python(place: Path) -> None:
 
 
 @pytest.mark.slow
+def test_server_and_python_of_its_client(place: Path) -> None:
+    server = subprocess.Popen(["make", "demo-serve"], cwd=ROOT, start_new_session=True)
+    try:
+        until = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen("http://127.0.0.1:8000/health/ready"):
+                break
+            assert server.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        done = run([sys.executable, "-c", blocks("python")[1]], place)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
 def test_python_of_the_engine(place: Path) -> None:
-    done = run([sys.executable, "-c", blocks("python")[1]], place)
+    done = run([sys.executable, "-c", blocks("python")[2]], place)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(re.findall(r"^(?:stop|length) .+", done.stdout, flags=re.MULTILINE)) == 2

@@ -23,9 +23,10 @@ def serve(
     ] = None,
     cors: Annotated[list[str] | None, typer.Option(help="A site whose pages may use the server; repeatable.")] = None,
     rows: Annotated[int, typer.Option(help="Answers that are written at once.")] = 64,
-    waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with 429.")] = 256,
+    waiting: Annotated[int, typer.Option(help="Answers beyond these that may wait; more get a 429.")] = 256,
     prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt; what the context allows if none.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Longest answer; what the context allows if none.")] = None,
+    default_tokens: Annotated[int, typer.Option(help="New tokens where a request does not say how many.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer, waiting included.")] = 600.0,
     kv_gigabytes: Annotated[
         float | None, typer.Option(help="For keys and values; half of what is free if none.")
@@ -44,7 +45,7 @@ def serve(
 
     if kv_gigabytes is not None and kv_gigabytes <= 0:
         raise UsageError(f"--kv-gigabytes must be above 0, not {kv_gigabytes}")
-    limits = Limits(rows, waiting, prompt_tokens, new_tokens, seconds=timeout)
+    limits = Limits(rows, waiting, prompt_tokens, new_tokens, default_tokens, seconds=timeout)
     budget = None if kv_gigabytes is None else int(kv_gigabytes * 1e9)
     service = server.make_service(
         collection, limits, name=name, dtype=dtype, base=base, kv_budget=budget, log_prompts=log_prompts

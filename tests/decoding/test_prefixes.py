@@ -107,10 +107,13 @@ def test_what_is_kept_makes_way_for_rows(collection: Collection) -> None:
     room = Engine(model).members.nbytes([len(FIRST) + 30])
     engine = Engine(model, reuse=True, kv_budget=room)
     for k in range(4):
-        (answer,) = engine.generate([Request([100 + k, *FIRST], 20)])
-        assert answer.finish == "length"
+        engine.submit(Request([100 + k, *FIRST], 20))
         assert engine.prefixes is not None
-        assert engine.members.allocated + engine.prefixes.nbytes <= room
+        while engine.waiting or engine.active:
+            engine.step()
+            assert engine.members.allocated + engine.prefixes.nbytes <= room
+    assert engine.prefixes is not None
+    assert engine.prefixes.entries
 
 
 def test_bytes_are_those_of_the_copies(collection: Collection) -> None:
@@ -120,6 +123,29 @@ def test_bytes_are_those_of_the_copies(collection: Collection) -> None:
     tensors = [t for _, saved in entry.kept.values() for pair in saved for t in pair]
     assert entry.nbytes == sum(t.nbytes for t in tensors)
     assert all(isinstance(t, torch.Tensor) for t in tensors)
+
+
+def test_the_entry_that_saves_most_is_taken(collection: Collection) -> None:
+    """Of two that begin alike, the one that both members have read, not the one that an expert alone has."""
+    engine = engine_of(collection, "adapters", mode="all")
+    engine.generate([Request([*FIRST, 7], 2)])
+    engine.generate([Request([*FIRST, 8], 2, expert="math", alpha=0.0)])
+    assert engine.prefixes is not None
+    before = engine.prefixes.spared
+    engine.generate([Request([*FIRST, 9], 2)])
+    assert engine.prefixes.spared - before == len(FIRST)
+
+
+def test_after_a_failure_nothing_is_kept(collection: Collection) -> None:
+    engine = engine_of(collection, "adapters")
+    engine.generate([Request(FIRST, 4)])
+    engine.submit(Request([*FIRST, 7], 8))
+    engine.step()
+    engine.abandon()
+    assert engine.prefixes is not None
+    assert (engine.active, engine.prefixes.entries, engine.members.allocated) == ([], [], 0)
+    (answer,) = engine.generate([Request([*FIRST, 7], 6)])
+    assert answer.ids == [token for token, _ in write(collection("adapters"), [*FIRST, 7], SAMPLINGS[0], 6)]
 
 
 def test_short_beginnings_are_not_worth_it(collection: Collection) -> None:

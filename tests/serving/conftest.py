@@ -46,7 +46,7 @@ class Live:
         """Whether every row ends within so long, and nothing is held for rows that run."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if not (self.engine.active or self.engine.waiting or self.service.scheduler.open):
+            if not (self.engine.active or self.engine.waiting or self.service.scheduler._open):
                 return self.engine.members.allocated == 0
             time.sleep(0.01)
         return False

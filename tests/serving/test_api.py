@@ -213,6 +213,92 @@ def test_a_step_that_fails_costs_what_ran_and_no_more(start: Start, monkeypatch:
     assert fragile.idle()
 
 
+def test_half_a_step_leaves_nothing_behind(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed step has read in part is not kept for rows that begin alike."""
+    fragile = start()
+    body = {**ASK, "max_tokens": 20, "temperature": 0, "messages": [{"role": "user", "content": "word " * 30}]}
+    with fragile.http() as http:
+        expected = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        fragile.engine.prefixes.shrink(0)
+        run, failing = fragile.engine.members.run, threading.Event()
+
+        def fail(jobs: Any) -> Any:
+            if failing.is_set() and len(jobs[0].ids) > 40:
+                failing.clear()
+                run(jobs[:1])
+                raise MemoryError
+            return run(jobs)
+
+        monkeypatch.setattr(fragile.engine.members, "run", fail)
+        failing.set()
+        is_error(http.post("/v1/chat/completions", json=body), 500)
+        assert fragile.engine.prefixes.entries == []
+        assert http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"] == expected
+    assert fragile.idle()
+
+
+def test_a_row_that_cannot_begin_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    fragile = start()
+
+    def fail(row: int, ids: Any) -> None:
+        raise MemoryError
+
+    with fragile.http() as http:
+        monkeypatch.setattr(fragile.engine.prefixes, "give", fail)
+        is_error(http.post("/v1/chat/completions", json=ASK), 500)
+        monkeypatch.undo()
+        assert http.post("/v1/chat/completions", json=ASK | {"max_tokens": 3}).status_code == 200
+    assert fragile.idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "[" * 100_000}}]}], "max_tokens": 2},
+        {"messages": [{"role": "user", "content": "\ud800"}], "max_tokens": 2},
+        {"messages": ASK["messages"], "response_format": {"type": "json_object"}, "n": 2, "ignore_eos": True},
+    ],
+)  # fmt: skip
+def test_texts_that_are_none(live: Live, body: dict[str, Any]) -> None:
+    with live.http() as http:
+        reply = http.post(
+            "/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+        )
+        assert reply.status_code in (200, 400), reply.text
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "\ud800"}, {"prompt": []}, {"prompt": [[]]}, {"prompt": ""}, {"prompt": [[-1]]},
+             {"prompt": [[1]] * 5000}, {"prompt": "a", "stream": True, "max_tokens": 0},
+             {"prompt": "a", "stream": True, "echo": True}, {"prompt": "a", "suffix": "b"}]
+)  # fmt: skip
+def test_prompts_that_are_none(live: Live, body: dict[str, Any]) -> None:
+    with live.http() as http:
+        is_error(
+            http.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"}), 400
+        )
+
+
+def test_what_still_runs_when_time_is_up_ends_in_good_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = start(drain_seconds=0.5)
+    step = closing.engine.step
+
+    def later() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    monkeypatch.setattr(closing.engine, "step", later)
+    with closing.http() as http, http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        closing.service.scheduler.stop()
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "stopping"
+    assert rest[-1] == "data: [DONE]"
+    assert closing.idle()
+
+
 def test_stopping_finishes_what_runs_and_refuses_what_comes(start: Start) -> None:
     closing = start(drain_seconds=20)
     replies: list[httpx.Response] = []

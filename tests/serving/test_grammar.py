@@ -81,6 +81,20 @@ def test_schemas_that_are_none(grammars: Grammars, schema: dict[str, Any]) -> No
     assert (refusal.value.status, refusal.value.code) == (400, "invalid_schema")
 
 
+def test_a_forced_call_with_definitions(grammars: Grammars, folder: Path) -> None:
+    one = {
+        "type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"], "additionalProperties": False,
+        "$defs": {"X": {"enum": ["a", "b"]}},
+    }  # fmt: skip
+    grammar = grammars.of_calls(
+        [("one", one), ("two", {"type": "object", "additionalProperties": False})], "<tool_call>\n", "\n</tool_call>"
+    )
+    for seed in range(6):
+        text = walk(grammars.mask(grammar, len(PROMPT)), random.Random(seed), load_tokenizer(folder).decode)
+        inner = json.loads(text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+        assert inner["name"] == "two" or inner["arguments"]["x"] in ("a", "b")
+
+
 def test_a_forced_call(grammars: Grammars, folder: Path) -> None:
     schema = {
         "type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False

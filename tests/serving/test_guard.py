@@ -1,13 +1,17 @@
 """Keys, sizes, slow senders, other sites."""
 
+import asyncio
 import socket
 import time
+from typing import Any
 
 import pytest
 from tests.serving.conftest import NAME, Live, Start
 from tests.serving.test_api import is_error
 
 from fusionroute.serving import guard
+from fusionroute.serving.server import LOOPBACK
+from fusionroute.serving.settings import Limits
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -72,6 +76,39 @@ def test_a_head_that_never_ends(start: Start, monkeypatch: pytest.MonkeyPatch) -
         slow.sendall(b"GET /health HTTP/1.1\r\nHost")
         assert slow.recv(1000) == b""
         assert time.monotonic() - started < 5
+
+
+def test_the_next_head_is_timed_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.5)
+    patient = start()
+    with connect(patient) as slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in slow.recv(1000)
+        started = time.monotonic()
+        slow.sendall(b"G")
+        while slow.recv(1000):
+            pass
+        assert time.monotonic() - started < 4
+
+
+def test_other_names_do_not_mean_this_machine(live: Live) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def status(host: str) -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", host.encode())]}
+        asyncio.run(guard.Guard(answer, Limits(), None, LOOPBACK)(scope, None, send))
+        return int(sent[0]["status"])
+
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:1"):
+        assert status(host) == 200
+    for host in ("evil.example", "localhost.evil.example:8000", "", "127.0.0.1.nip.io"):
+        assert status(host) == 403
 
 
 def test_other_sites_are_not_let_in(live: Live) -> None:

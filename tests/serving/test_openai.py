@@ -229,10 +229,12 @@ def test_a_bias_forces_a_token(client: openai.OpenAI, folder: Any) -> None:
 
 def test_penalties_forbid_what_was_written(client: openai.OpenAI, folder: Any) -> None:
     (token,) = load_tokenizer(folder)("A", add_special_tokens=False)["input_ids"]
-    reply = client.chat.completions.create(
-        model=NAME, messages=ASK, max_tokens=6, temperature=0, logit_bias={str(token): 1}, presence_penalty=2.0
-    )
-    assert reply.choices[0].message.content
+    settings: Any = {"messages": ASK, "max_tokens": 3, "temperature": 0, "logit_bias": {str(token): 100}}
+    free = client.chat.completions.create(model=NAME, **settings)
+    settings["logit_bias"] = {str(token): 1.0}
+    held = client.chat.completions.create(model=NAME, **settings, frequency_penalty=2.0, presence_penalty=2.0)
+    assert free.choices[0].message.content == "AAA"
+    assert held.choices[0].message.content.count("A") <= 1
 
 
 def test_the_vllm_extras(client: openai.OpenAI, live: Live) -> None:
@@ -339,3 +341,47 @@ def test_unknown_parameters_are_ignored(client: openai.OpenAI) -> None:
 def test_there_are_no_embeddings(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no embeddings"):
         client.embeddings.create(model=NAME, input="text")
+
+
+def test_lm_evals_local_completions(live: Live, folder: Any) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from fusionroute.evaluation.harness import FusionRouteLM
+
+    theirs = LocalCompletionsAPI(
+        model=NAME, base_url=f"{live.url}/v1/completions", tokenizer=str(folder), tokenizer_backend="huggingface",
+        max_length=512, batch_size=2,
+    )  # fmt: skip
+    ours = FusionRouteLM(collection=str(folder), dtype="float32", batch_size=1)
+    pairs = [("A farmer has", " 12 cows"), ("def add(a, b):", "\n    return a + b"), ("He", " has")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for found, expected in zip(theirs.loglikelihood(requests), ours.loglikelihood(requests), strict=True):
+        assert found[0] == pytest.approx(expected[0], abs=1e-3)
+        assert found[1] == expected[1]
+    asked = [
+        Instance("generate_until", {}, (text, {"until": ["q"], "max_gen_toks": 12}), i)
+        for i, (text, _) in enumerate(pairs)
+    ]
+    assert theirs.generate_until(asked) == ours.generate_until(asked)
+
+
+def test_prompts_of_one_request_are_drawn_apart(client: openai.OpenAI) -> None:
+    reply = client.completions.create(model=NAME, prompt=["A farmer"] * 4, max_tokens=12)
+    assert len({choice.text for choice in reply.choices}) > 1
+
+
+def test_without_a_length_there_is_a_default(start: Start) -> None:
+    short = start(default_tokens=7)
+    reply = short.client().chat.completions.create(model=NAME, messages=ASK, extra_body={"ignore_eos": True})
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (7, "length")
+
+
+def test_an_end_has_its_place_among_the_logprobs_of_a_completion(client: openai.OpenAI, live: Live) -> None:
+    ends = {str(end): 100 for end in live.engine.ends}
+    reply = client.completions.create(
+        model=NAME, prompt="A farmer", max_tokens=1, logprobs=1, echo=True, temperature=0, logit_bias=ends
+    )
+    (choice,) = reply.choices
+    assert choice.text == "A farmer"
+    assert len(choice.logprobs.token_logprobs) == reply.usage.prompt_tokens + 1

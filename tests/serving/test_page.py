@@ -75,8 +75,8 @@ def ask(page: Page, text: str = "How many cows?", tokens: int = 12, wait: bool =
         expect(page.locator("#status")).to_have_text(READY)
 
 
-def test_type_and_stream(live: Live, visit: Callable[..., Page]) -> None:
-    page = visit(live.url)
+def test_type_and_stream(live: Live, slow: Live, visit: Callable[..., Page]) -> None:
+    page = visit(slow.url)
     page.evaluate("window.seen = []; new MutationObserver(() => seen.push(document.querySelectorAll('.t').length))"
                   ".observe(document.getElementById('turns'), {childList: true, subtree: true})")  # fmt: skip
     ask(page)
@@ -84,6 +84,7 @@ def test_type_and_stream(live: Live, visit: Callable[..., Page]) -> None:
     assert 1 <= tokens.count() <= 12
     counts = page.evaluate("seen")
     assert counts == sorted(counts)
+    assert len(set(counts)) > 3
     experts = set(live.service.experts)
     assert {page.evaluate("i => document.querySelectorAll('.t')[i].getAttribute('aria-label')", i).split(", ")[1]
             for i in range(tokens.count())} <= experts  # fmt: skip
@@ -173,6 +174,18 @@ def test_a_refusal_is_shown_as_one(start: Start, visit: Callable[..., Page]) -> 
     page.fill("#key", "sesame")
     ask(page)
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_after_a_refusal_the_conversation_goes_on(live: Live, visit: Callable[..., Page]) -> None:
+    page = visit(live.url)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=500, body="{}"))
+    ask(page, "first", wait=False)
+    expect(page.get_by_role("alert")).to_contain_text("500")
+    page.unroute("**/v1/chat/completions")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "second")
+    assert [m["content"] for m in request.value.post_data_json["messages"]] == ["second"]
+    assert "alpha" not in request.value.post_data_json
 
 
 def test_export(live: Live, visit: Callable[..., Page]) -> None:

@@ -37,8 +37,11 @@ def emit(drawn: Sequence[Drawn], fused: Tensor, experts: Tensor, routers: Tensor
         row, event = block.row, block.event
         if event.finish is not None:
             continue
+        count = row.request.logprobs
+        logprobs = None if count is None else _logprobs(fused[where], token, count)
         if token in row.ends:
             event.finish = "stop"
+            event.end = None if logprobs is None else (token, logprobs)
             continue
         last = block.first + position + 1 >= row.limit
         scores = torch.zeros(len(names)) if block.scores is None else block.scores[position]
@@ -52,9 +55,8 @@ def emit(drawn: Sequence[Drawn], fused: Tensor, experts: Tensor, routers: Tensor
                 drafted=position < len(block.drafts) and token == block.drafts[position],
             )
         )
-        if (count := row.request.logprobs) is not None:
-            logprobs = fused[where].log_softmax(dim=-1)
-            event.logprobs.append(Logprobs(float(logprobs[token]), _likeliest(logprobs, count)))
+        if logprobs is not None:
+            event.logprobs.append(logprobs)
         if count := row.request.candidates:
             sides = (logits[where].float().log_softmax(dim=-1) for logits in (fused, experts, routers))
             event.candidates.append(Candidates(*(_likeliest(side, count) for side in sides)))
@@ -64,6 +66,11 @@ def emit(drawn: Sequence[Drawn], fused: Tensor, experts: Tensor, routers: Tensor
             event.finish = "length"
     for block in {id(each.block): each.block for each in drawn}.values():
         block.done |= block.event.finish is not None
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
+    logprobs = logits.log_softmax(dim=-1)
+    return Logprobs(float(logprobs[token]), _likeliest(logprobs, count))
 
 
 def _likeliest(logprobs: Tensor, count: int) -> list[tuple[int, float]]:

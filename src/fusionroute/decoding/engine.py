@@ -134,6 +134,13 @@ class Engine:
             if row.number == number:
                 self._retire(row)
 
+    def abandon(self) -> None:
+        """Drop every active row and all that is kept of any: after a step that failed, no state is to be trusted."""
+        self.active.clear()
+        self.members.reset()
+        if self.prefixes is not None:
+            self.prefixes.shrink(0)
+
     def _need(self, row: Row) -> int:
         return row.limit + (0 if self.drafter is None else self.draft_length)
 
@@ -146,27 +153,26 @@ class Engine:
                 # What stands at the last place may be a draft that was not kept.
                 self.prefixes.keep(row.number, row.ids[:-1])
             self.members.release(row.number)
-            self._make_room(self.active)
+            if self.prefixes is not None:
+                self.prefixes.shrink(self._room(self.active))
 
     def _admit(self) -> None:
         while self.waiting:
             full = self.max_rows is not None and len(self.active) >= self.max_rows
-            if full or not self._make_room([*self.active, self.waiting[0]]):
+            if full or self._room([*self.active, self.waiting[0]]) < 0:
                 return
             row = self.waiting.popleft()
+            self.active.append(row)
             if self.prefixes is not None:
-                row.reused = self.prefixes.give(row.number, row.ids)
+                self.prefixes.give(row.number, row.ids)
+                self.prefixes.shrink(self._room(self.active))
             if self.drafter is not None and not isinstance(self.drafter, RouterDraft):
                 row.draft = self.drafter.start()
                 row.draft.extend(row.ids)
-            self.active.append(row)
 
-    def _make_room(self, rows: Sequence[Row]) -> bool:
-        """Whether these rows have room, once what is kept for others has made way."""
-        room = self.kv_budget - self.members.nbytes([self._need(row) for row in rows], now=True)
-        if self.prefixes is not None:
-            self.prefixes.shrink(max(room, 0))
-        return room >= 0
+    def _room(self, rows: Sequence[Row]) -> int:
+        """Bytes of the budget that these rows leave, once what is kept for others has made way."""
+        return self.kv_budget - self.members.nbytes([self._need(row) for row in rows], now=True)
 
     # ------------------------------------------------------------------------------------------------- drains
 

@@ -48,6 +48,7 @@ class Pool(Protocol):
     def save(self, member: int, row: int, length: int) -> Any: ...
     def load(self, member: int, row: int, saved: Any, length: int) -> None: ...
     def release(self, row: int) -> None: ...
+    def reset(self) -> None: ...
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int: ...
     @property
     def bytes_per_token(self) -> int: ...
@@ -126,6 +127,11 @@ class PackedPool:
             if (slot := self.slots.pop((member, row), None)) is not None:
                 self.cache.release(slot)
 
+    def reset(self) -> None:
+        self.cache = self.transformer.new_cache()
+        self.slots.clear()
+        self.marks.clear()
+
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int:
         """Bytes of keys and values if rows of these lengths visit every member; slots double, and all are as long.
 
@@ -151,6 +157,7 @@ class PlainPool:
 
     def __init__(self, number: int, member: Member, vocab_size: int) -> None:
         from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
 
         self.number, self.member = number, member
         self.head = Head(member.model, vocab_size)
@@ -160,8 +167,8 @@ class PlainPool:
         self.new_cache = lambda: DynamicCache(config=member.config)
         member.activate()
         self.head.check(member.model)
-        # A sliding layer drops what has left its window, so tokens cannot be taken back from it.
-        self.rewindable = not any(getattr(layer, "is_sliding", False) for layer in self.new_cache().layers)
+        # A sliding layer drops what has left its window, and a linear one keeps a sum: nothing can be taken back.
+        self.rewindable = all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]:
         self.member.activate()
@@ -201,6 +208,10 @@ class PlainPool:
     def release(self, row: int) -> None:
         self.caches.pop(row, None)
         self.marks.pop(row, None)
+
+    def reset(self) -> None:
+        self.caches.clear()
+        self.marks.clear()
 
     def nbytes(self, lengths: Sequence[int], *, now: bool) -> int:
         return sum(lengths) * self.bytes_per_token
@@ -294,6 +305,11 @@ class Members:
     def release(self, row: int) -> None:
         for pool in self.pools:
             pool.release(row)
+
+    def reset(self) -> None:
+        """Forget every row, whatever state its keys and values are in."""
+        for pool in self.pools:
+            pool.reset()
 
     def nbytes(self, lengths: Sequence[int], *, now: bool = False) -> int:
         """Bytes of keys and values if rows of these lengths visit every member: alone, or in the caches as they are."""

@@ -12,6 +12,7 @@ from typing import Any
 from fusionroute.decoding.members import Members
 
 LEAST = 16  # tokens that are worth a copy
+MOST = 256  # entries
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Prefixes:
     def __init__(self, members: Members) -> None:
         self.members = members
         self.entries: list[Prefix] = []  # the least recently used first
-        self.spared = 0  # tokens that the router need not have read, since the start
+        self.spared = 0  # tokens that the router need not read, since the start
 
     @property
     def nbytes(self) -> int:
@@ -53,28 +54,31 @@ class Prefixes:
         # A conversation that has gone on holds all that its earlier turns did.
         self.entries = [entry for entry in self.entries if not self._within(entry, ids, kept)]
         self.entries.append(Prefix(ids, kept, sum(self.members.saved_bytes(m, seen) for m, (seen, _) in kept.items())))
+        del self.entries[:-MOST]
 
-    def give(self, row: int, ids: Sequence[int]) -> int:
-        """Let a new row of prompt `ids` begin where the entry with the longest common beginning allows it to; returns
-        the tokens in common, 0 if there are too few. The last id is left to read: what comes after it is wanted."""
+    def give(self, row: int, ids: Sequence[int]) -> None:
+        """Let a new row of prompt `ids` begin with what the entry has that saves the most reading. The last id is left
+        to read: what comes after it is wanted."""
         ids = list(ids[:-1])
-        best, length = None, LEAST - 1
+        best, length, most = None, 0, 0
         for entry in self.entries:
-            if (common := shared(entry.ids, ids)) > length:
-                best, length = entry, common
+            common = shared(entry.ids, ids)
+            saved = sum(min(seen, common) for seen, _ in entry.kept.values())
+            if common >= LEAST and saved >= most:  # of equals the latest
+                best, length, most = entry, common, saved
         if best is None:
-            return 0
-        for member, (seen, saved) in best.kept.items():
-            self.members.load(member, row, saved, min(seen, length))
+            return
+        for member, (seen, kept) in best.kept.items():
+            self.members.load(member, row, kept, min(seen, length))
         self.entries.remove(best)
         self.entries.append(best)
         self.spared += min(best.kept[0][0], length) if 0 in best.kept else 0
-        return length
 
     def shrink(self, nbytes: int) -> None:
         """Forget entries until so many bytes hold the rest."""
-        while self.entries and self.nbytes > nbytes:
-            self.entries.pop(0)
+        held = self.nbytes
+        while self.entries and held > nbytes:
+            held -= self.entries.pop(0).nbytes
 
     @staticmethod
     def _within(entry: Prefix, ids: list[int], kept: dict[int, tuple[int, Any]]) -> bool:

@@ -72,7 +72,8 @@ class Candidates:
 class Event:
     """What one step gave one row: its new tokens, and why it ended if it did.
 
-    `tail` is text that was held back for a stop string that did not come.
+    `tail` is text that was held back for a stop string that did not come; `end` the end id that ended the row, which is
+    not among its tokens, with its log-probability where those are asked for.
     """
 
     row: int
@@ -82,6 +83,7 @@ class Event:
     finish: Finish | None = None
     error: Exception | None = None
     tail: str = ""
+    end: tuple[int, Logprobs] | None = None
 
 
 @dataclass
@@ -121,7 +123,6 @@ class Row:
         self.ends = frozenset() if request.ignore_end else engine.ends
         self.limit = min(len(self.ids) + request.max_new_tokens, engine.context)
         self.last_route = self.expert
-        self.reused = 0  # prompt tokens that were read for an earlier row
         self.text = None if engine.tokenizer is None else TextPieces(engine.tokenizer, request.stop)
         self.draft: Draft | None = None
         self.acceptance = Acceptance(engine.draft_length, engine.acceptance)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from fusionroute.serving.echo import echo
 from fusionroute.serving.errors import ApiError
 from fusionroute.serving.guard import Guard
 from fusionroute.serving.metrics import Metrics
-from fusionroute.serving.replies import Replies
+from fusionroute.serving.replies import Echo, Replies
 from fusionroute.serving.scheduler import Scheduler
 from fusionroute.serving.schema import ChatRequest, CompletionRequest
 from fusionroute.serving.settings import Limits
@@ -40,7 +40,9 @@ PAGE = {
     "page.css": "text/css", "icon.svg": "image/svg+xml", "main.js": "text/javascript", "stream.js": "text/javascript",
     "tokens.js": "text/javascript", "export.js": "text/javascript",
 }  # fmt: skip
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'"
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'"
+)
 
 
 @dataclass
@@ -73,12 +75,15 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.reader, understand, body)
 
 
-def create_app(service: Service, *, key: str | None = None, origins: tuple[str, ...] = ()) -> FastAPI:
+def create_app(
+    service: Service, *, key: str | None = None, origins: tuple[str, ...] = (), hosts: tuple[str, ...] | None = None
+) -> FastAPI:
     """The application.
 
     Args:
         key: that clients must send; None asks for none.
         origins: sites whose pages may use this server.
+        hosts: names by which it may be addressed; None takes any.
     """
 
     @asynccontextmanager
@@ -89,7 +94,7 @@ def create_app(service: Service, *, key: str | None = None, origins: tuple[str, 
         service.reader.shutdown(wait=False)
 
     app = FastAPI(title="FusionRoute", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, limits=service.limits, key=key)
+    app.add_middleware(Guard, limits=service.limits, key=key, hosts=hosts, traces=service.log_prompts)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -97,7 +102,6 @@ def create_app(service: Service, *, key: str | None = None, origins: tuple[str, 
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(Exception, _failed)
     _protocol(app, service)
     _operations(app, service)
     _page(app)
@@ -142,9 +146,12 @@ def _protocol(app: FastAPI, service: Service) -> None:
         asked = await service.asked(service.asking.completion, body)
         replies = Replies("text_completion", body.model or service.name, service.experts, service.words, asked)
         usage = body.stream_options is not None and body.stream_options.include_usage
-        echoes = []
+        echoes: list[Echo] = []
         if body.echo:
-            echoes = [await service.scheduler.run(partial(echo, service.scheduler.engine, row)) for row in _each(asked)]
+            found = await _unless_gone(request, _echoes(service, asked))
+            if found is None:
+                return Response(status_code=499)
+            echoes = found
         if body.max_tokens == 0:
             return _json(replies.whole(echoes))
         return await _answer(service, request, replies, stream=bool(body.stream), usage=usage, echoes=echoes)
@@ -152,11 +159,6 @@ def _protocol(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", status_code=404, responses={404: errors[404]})
     async def embeddings() -> Response:
         raise ApiError(404, "a collection writes text; it has no embeddings", code="not_supported")
-
-
-def _each(asked: Asked) -> list[Any]:
-    """The first row of each prompt."""
-    return asked.rows[:: asked.n]
 
 
 def _operations(app: FastAPI, service: Service) -> None:
@@ -190,7 +192,11 @@ def _operations(app: FastAPI, service: Service) -> None:
 
 def _page(app: FastAPI) -> None:
     files = resources.files("fusionroute.serving") / "web"
-    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+    headers = {
+        "Content-Security-Policy": _CONTENT_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
 
     def send(name: str, kind: str) -> Response:
         return Response((files / name).read_bytes(), media_type=kind, headers=headers)
@@ -210,7 +216,7 @@ def _page(app: FastAPI) -> None:
 
 
 async def _answer(
-    service: Service, request: Request, replies: Replies, *, stream: bool, usage: bool, echoes: Any = ()
+    service: Service, request: Request, replies: Replies, *, stream: bool, usage: bool, echoes: Sequence[Echo] = ()
 ) -> Response:
     events = service.scheduler.answer(replies.asked.rows)
     if not stream:
@@ -222,10 +228,18 @@ async def _answer(
     except BaseException:
         await events.aclose()
         raise
-    if begun is None:
+    if begun is None or begun[1].finish == "error":
         await events.aclose()
+        if begun is not None:
+            replies.choices[begun[0]].add(begun[1])  # raises what the row ended with
         return Response(status_code=499)
-    return EventStream(_frames(begun, events, replies, usage))
+    return EventStream(_frames(begun, events, replies, usage), 2 * service.limits.seconds)
+
+
+async def _echoes(service: Service, asked: Asked) -> list[Echo]:
+    """The prompts to stand before their answers."""
+    firsts = asked.rows[:: asked.n]
+    return [await service.scheduler.run(partial(echo, service.scheduler.engine, row)) for row in firsts]
 
 
 async def _all(events: Any, replies: Replies) -> bool:
@@ -247,9 +261,6 @@ async def _frames(begun: tuple[int, Event], events: Any, replies: Replies, usage
                 yield _frame(replies.last())
         except ApiError as error:
             yield _frame(error.body())
-        except Exception:
-            log.exception("a stream broke off")
-            yield _frame(ApiError(500, "the server failed; its log says why").body())
     yield "data: [DONE]\n\n"
 
 
@@ -284,22 +295,26 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
 
 
 class EventStream(Response):
-    """Server-sent events, until the client is gone; then what makes them ends at once."""
+    """Server-sent events, until the client is gone or does not read for so many seconds; what makes them then ends."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[str]) -> None:
-        self.frames = frames
+    def __init__(self, frames: AsyncGenerator[str], seconds: float) -> None:
+        self.frames, self.seconds = frames, seconds
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending: asyncio.Future[None] = asyncio.ensure_future(self._send(send))
         gone: asyncio.Future[None] = asyncio.ensure_future(_gone(receive))
-        await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-        for each in (sending, gone):
-            each.cancel()
-        await asyncio.gather(sending, gone, return_exceptions=True)
+        try:
+            await asyncio.wait({sending, gone}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in (sending, gone):
+                each.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+        if not sending.cancelled() and (error := sending.exception()) is not None:
+            raise error
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self.frames):
@@ -388,10 +403,6 @@ async def _no_route(request: Request, error: Any) -> Response:
     message = {404: "there is nothing here", 405: f"{request.method} is not for this address"}.get(error.status_code)
     refusal = ApiError(error.status_code, message or str(error.detail), code="not_found", headers=error.headers)
     return await _refused(request, refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _refused(request, ApiError(500, "the server failed; its log says why"))
 
 
 def _health(well: bool) -> Response:

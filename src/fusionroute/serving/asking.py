@@ -20,6 +20,9 @@ from fusionroute.serving.schema import ChatRequest, CompletionRequest, Message, 
 from fusionroute.serving.settings import Limits
 
 _COMPLETION_TOKENS = 16  # the protocol's default of `max_tokens` there
+ECHO_TOKENS = 2048  # of a prompt whose own log-probabilities are asked for: every member's logits at once
+# What templates and tokenizers raise on texts that are none.
+_UNREADABLE = (TemplateError, TypeError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Asking:
         Raises:
             ApiError: what the body asks for cannot be done here.
         """
+        self._check_count(1, body.n)
         wanted = body.tools if body.tools and body.tool_choice != "none" else None
         if wanted and not tools.known(self.tokenizer.chat_template):
             raise ApiError(
@@ -85,10 +89,10 @@ class Asking:
                 "tools",
                 "tools_unsupported",
             )
-        described = None if wanted is None else [tool.model_dump(exclude_none=True) for tool in wanted]
         try:
+            described = None if wanted is None else [tool.model_dump(exclude_none=True) for tool in wanted]
             ids = encode_chat(self.tokenizer, [_plain(message) for message in body.messages], described)
-        except (TemplateError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             message = f"the chat template refuses the messages: {first_line(error)}"
             raise ApiError(400, message, "messages", "invalid_messages") from None
         grammar = self._format(body)
@@ -100,11 +104,16 @@ class Asking:
             if grammar is not None:
                 raise ApiError(400, "response_format and a forced tool exclude each other", "tool_choice")
             grammar = self.grammars.of_calls(functions, tools.BEGIN, tools.END)
+        if grammar is not None and body.ignore_eos:
+            raise ApiError(
+                400, "response_format and ignore_eos exclude each other: a whole text must end", "ignore_eos"
+            )
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        return self._rows(body, [ids], asked, logprobs, grammar, calls=wanted is not None)
+        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        asked = getattr(body, field)
+        return self._rows(body, [ids], asked, logprobs, grammar, fields=("messages", field), calls=wanted is not None)
 
     def completion(self, body: CompletionRequest) -> Asked:
         """Rows that go on from texts.
@@ -118,14 +127,31 @@ class Asking:
             raise ApiError(400, f"best_of is {body.best_of} and n {body.n or 1}: only equal values work", "best_of")
         if body.stream and body.echo:
             raise ApiError(400, "echo cannot be streamed; leave one of them out", "echo")
+        if body.stream and body.max_tokens == 0:
+            raise ApiError(400, "max_tokens is 0: there is nothing to stream", "max_tokens")
+        if not body.prompts:
+            raise ApiError(400, "there is no prompt", "prompt")
+        self._check_count(len(body.prompts), body.n)
         prompts = []
         for prompt in body.prompts:
-            ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+            try:
+                ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+            except _UNREADABLE as error:
+                raise ApiError(400, f"the prompt cannot be read: {first_line(error)}", "prompt") from None
             if any(not 0 <= i < self.config.vocab_size for i in ids):
                 raise ApiError(400, f"a prompt has a token id outside 0 to {self.config.vocab_size - 1}", "prompt")
+            if body.echo and body.logprobs is not None and len(ids) > ECHO_TOKENS:
+                message = f"the prompt has {len(ids)} tokens; with echo and logprobs it may have {ECHO_TOKENS}"
+                raise ApiError(400, message, "prompt", "context_length_exceeded")
             prompts.append(ids)
         asked = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return self._rows(body, prompts, asked, body.logprobs, None)
+        return self._rows(body, prompts, asked, body.logprobs, None, fields=("prompt", "max_tokens"))
+
+    def _check_count(self, prompts: int, n: int | None) -> None:
+        most = self.limits.rows + self.limits.waiting
+        if prompts * (n or 1) > most:
+            message = f"{prompts * (n or 1)} answers are asked for at once and {most} may be"
+            raise ApiError(400, message, "n", "too_many_rows")
 
     def _format(self, body: ChatRequest) -> str | None:
         wanted = body.response_format
@@ -145,16 +171,17 @@ class Asking:
         logprobs: int | None,
         grammar: str | None,
         *,
+        fields: tuple[str, str],
         calls: bool = False,
     ) -> Asked:
         experts = self.config.expert_names
         policy = policies.parse(body.model, self.name, experts)
         policy = policies.merge(policy, body.expert, body.alpha, body.routing, experts)
         sampling, n = self._sampling(body), body.n or 1
-        seed = secrets.randbits(63) if body.seed is None else body.seed
         rows = []
         for ids in prompts:
-            room = self._room(ids, asked)
+            seed = secrets.randbits(63) if body.seed is None else body.seed
+            room = self._room(ids, asked, fields)
             for choice in range(n):
                 # Choices differ, and the first is what the seed gives without others.
                 mine = replace(
@@ -176,21 +203,21 @@ class Asking:
                 )
         return Asked(rows, prompts, n, calls)
 
-    def _room(self, ids: list[int], asked: int | None) -> int:
-        """New tokens for a prompt of these ids: those asked for, or all that there is room for."""
+    def _room(self, ids: list[int], asked: int | None, fields: tuple[str, str]) -> int:
+        """New tokens for a prompt of these ids; `fields` are the body's that gave the prompt and the number."""
         context = self.config.max_position_embeddings
         longest = min(self.limits.prompt_tokens or context, context - 1)
         if not ids:
-            raise ApiError(400, "the prompt is empty", "prompt")
+            raise ApiError(400, "the prompt is empty", fields[0])
         if len(ids) > longest:
             message = f"the prompt has {len(ids)} tokens and may have {longest}: shorten it"
-            raise ApiError(400, message, "messages", "context_length_exceeded")
+            raise ApiError(400, message, fields[0], "context_length_exceeded")
         room = min(context - len(ids), self.limits.new_tokens or context)
         if asked is None:
-            return room
+            return min(room, self.limits.default_tokens)
         if asked > room:
             message = f"{asked} new tokens are asked for after {len(ids)} of prompt; there is room for {room}"
-            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+            raise ApiError(400, message, fields[1], "context_length_exceeded")
         return asked
 
     def _sampling(self, body: ChatRequest | CompletionRequest) -> Sampling:
@@ -238,6 +265,6 @@ def _plain(message: Message) -> dict[str, Any]:
 def _call(call: ToolCall) -> dict[str, Any]:
     try:
         arguments: Any = json.loads(call.function.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = call.function.arguments
     return {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -50,16 +50,20 @@ class Grammars:
         Raises:
             ApiError: as `of_schema`.
         """
-        calls = [
-            {
+        rules: list[str] = []
+        for name, parameters in functions:
+            arguments = dict(parameters or _ANY_OBJECT)
+            call = {
                 "type": "object",
-                "properties": {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT},
+                "properties": {"name": {"const": name}, "arguments": arguments},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for name, parameters in functions
-        ]
-        lark = f"start: {json.dumps(begin)} call {json.dumps(end)}\ncall: %json {json.dumps({'anyOf': calls})}\n"
+            # References are from the root, which the parameters are not any more.
+            call |= {key: arguments.pop(key) for key in ("$defs", "definitions") if key in arguments}
+            rules.append(f"call{len(rules)}: %json {json.dumps(call)}")
+        start = " | ".join(f"call{i}" for i in range(len(rules)))
+        lark = "\n".join([f"start: {json.dumps(begin)} ({start}) {json.dumps(end)}", *rules, ""])
         return self.check(LLMatcher.grammar_from_lark(lark), "tools")
 
     def check(self, grammar: str, param: str) -> str:

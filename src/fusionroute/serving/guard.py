@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fusionroute.serving.errors import ApiError
 from fusionroute.serving.settings import Limits
 
+log = logging.getLogger("fusionroute.serve")
 HEAD_SECONDS = 15.0
 # What answers without a key: whether the server lives, and the page, which asks for the key.
 _OPEN = ("/health", "/web/")
@@ -21,23 +23,50 @@ class Guard:
 
     Args:
         key: that clients must send as a bearer token; None asks for none.
+        hosts: names by which the server may be addressed, so that no other site's name can be made to mean this
+            machine (DNS rebinding); None takes any.
+        traces: log whole stack traces of what fails.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, key: str | None, hosts: tuple[str, ...] | None = None, traces: bool = False
+    ) -> None:
         self.app, self.limits, self.key = app, limits, None if key is None else key.encode()
+        self.hosts, self.traces = hosts, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
+            self._check_host(scope)
             self._check_key(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = await self._with_body(scope, receive)
+            await self.app(scope, receive, watched)
         except ApiError as error:
             await refuse(error, send)
+        except Exception as error:
+            # A trace may hold what was asked.
+            what = f"{scope['method']} {scope['path']}: {type(error).__name__}"
+            log.error(what, exc_info=error if self.traces else None)
+            if not begun:
+                await refuse(ApiError(500, "the server failed; its log says more"), send)
+
+    def _check_host(self, scope: Scope) -> None:
+        if self.hosts is None:
             return
-        await self.app(scope, receive, send)
+        host = _header(scope, b"host").decode("latin-1").lower()
+        name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        if name not in self.hosts:
+            raise ApiError(403, f"this server answers to {', '.join(self.hosts)} only", code="wrong_host")
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -105,16 +134,21 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that does not wait for ever for a connection's first request."""
+    """HTTP/1.1 that does not wait for ever for a request's head; uvicorn itself times only silence between two."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._hurry = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def on_response_complete(self) -> None:
+        self._hurry.cancel()
+        self._hurry = self.loop.call_later(HEAD_SECONDS, self._give_up)
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._hurry.cancel()
         super().connection_lost(exc)
 
     def _give_up(self) -> None:
-        if self.cycle is None:
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.close()

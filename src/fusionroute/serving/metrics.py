@@ -19,6 +19,7 @@ class Metrics:
         of: dict[str, Any] = {"registry": self.registry, "namespace": "fusionroute"}
         self.running = Gauge("rows_running", "Rows in a step", **of)
         self.waiting = Gauge("rows_waiting", "Rows that wait for room", **of)
+        self.open = Gauge("rows_open", "Rows that somebody waits for an answer of", **of)
         self.ended = Counter("rows_ended", "Rows that have ended", ["finish"], **of)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **of)
         self.reused_tokens = Counter("prompt_tokens_reused", "Tokens of prompts that were read for earlier rows", **of)

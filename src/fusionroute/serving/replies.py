@@ -28,6 +28,7 @@ class Choice:
     candidates: list[Candidates] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    end: tuple[int, Logprobs] | None = None
     calls: Calls | None = None
 
     def add(self, event: Event) -> str:
@@ -40,11 +41,11 @@ class Choice:
             error = event.error
             if isinstance(error, UsageError):
                 raise ApiError(400, str(error), code="generation_failed")
-            raise ApiError(500, "the row failed; the server's log says why", code="generation_failed") from error
+            raise ApiError(500, "the answer failed; the server's log says more", code="generation_failed")
         self.tokens += event.tokens
         self.logprobs += event.logprobs
         self.candidates += event.candidates
-        self.finish = event.finish
+        self.finish, self.end = event.finish, event.end
         text = "".join(token.text for token in event.tokens) + event.tail
         if self.calls is not None:
             text = self.calls.push(text, last=event.finish is not None)
@@ -53,7 +54,7 @@ class Choice:
 
     @property
     def reason(self) -> str | None:
-        return "tool_calls" if self.finish is not None and self.calls and self.calls.calls else self.finish
+        return "tool_calls" if self.finish == "stop" and self.calls and self.calls.calls else self.finish
 
 
 class Replies:
@@ -91,7 +92,7 @@ class Replies:
         entry: dict[str, Any] = {"index": index, "finish_reason": choice.reason}
         if self.chat:
             entry["delta"] = {"content": text} if text or not event.finish else {}
-            if choice.reason == "tool_calls" and choice.calls:
+            if event.finish is not None and choice.calls and choice.calls.calls:
                 entry["delta"]["tool_calls"] = [{"index": i, **call} for i, call in enumerate(choice.calls.calls)]
         else:
             entry["text"] = text
@@ -115,7 +116,7 @@ class Replies:
         """The reply once every choice has ended; `echoes` are the prompts to stand before the answers, by prompt."""
         choices = []
         for index, choice in enumerate(self.choices):
-            entry: dict[str, Any] = {"index": index, "finish_reason": choice.reason or "stop"}
+            entry: dict[str, Any] = {"index": index, "finish_reason": choice.reason or "length"}
             echo = echoes[index // self.asked.n] if echoes else None
             if self.chat:
                 calls = choice.calls.calls if choice.calls else []
@@ -165,6 +166,9 @@ class Replies:
             return {"content": content, "refusal": None}
         ids = (echo.ids if echo else []) + [token.id for token in tokens]
         every = [*(echo.logprobs if echo else []), *found]
+        # In this shape, as in vLLM, the end id has a place of its own: lm-eval counts on one new token to be there.
+        if (end := self.choices[index].end) is not None:
+            ids, every = [*ids, end[0]], [*every, end[1]]
         words = [self.words.text(i) for i in ids]
         offsets = []
         for word in words:

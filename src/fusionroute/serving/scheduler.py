@@ -39,12 +39,13 @@ class Scheduler:
 
     Args:
         engine: nothing else may touch it while this runs.
-        limits: how many rows may wait.
+        limits: how many rows may wait, and how long.
         metrics: told of every step.
+        traces: log whole stack traces; else what kind of error it was.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
-        self.engine, self.limits, self.metrics = engine, limits, metrics
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, *, traces: bool = False) -> None:
+        self.engine, self.limits, self.metrics, self.traces = engine, limits, metrics, traces
         engine.max_rows = limits.rows
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -70,46 +71,60 @@ class Scheduler:
         """
         self._refuse(len(requests))
         ticket = Ticket(len(requests))
-        self._open += ticket.rows
+        self._count(ticket.rows)
         self._command(lambda: self._submit(ticket, requests))
-        left, until = ticket.rows, time.monotonic() + self.limits.seconds
+        left = ticket.rows
+        late = ApiError(504, f"no answer within {self.limits.seconds:g} seconds", code="timeout")
+        timer = ticket.loop.call_later(self.limits.seconds, ticket.events.put_nowait, late)
         try:
             while left:
-                try:
-                    found = await asyncio.wait_for(ticket.events.get(), until - time.monotonic())
-                except asyncio.TimeoutError:
-                    raise ApiError(504, f"no answer within {self.limits.seconds:g} seconds", code="timeout") from None
+                found = await ticket.events.get()
                 if isinstance(found, Exception):
                     raise found
                 left -= found[1].finish is not None
                 yield found
         finally:
-            self._open -= ticket.rows
+            timer.cancel()
+            self._count(-ticket.rows)
             if left:
                 self._command(lambda: self._cancel(ticket))
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Call a function between steps, in the engine's thread, and return what it returns."""
+        """Call a function between steps, in the engine's thread, and return what it returns; it counts as a row.
+
+        Raises:
+            ApiError: as `answer`.
+        """
         self._refuse(1)
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        late = ApiError(504, f"no answer within {self.limits.seconds:g} seconds", code="timeout")
+        timer = loop.call_later(self.limits.seconds, _settle, future, None, late)
 
         def call() -> None:
+            if future.done():  # nobody waits any more
+                return
             try:
                 result, error = function(), None
             except Exception as raised:
-                result, error = None, raised
+                self._tell("a prompt could not be read", raised)
+                result, error = None, _failed()
             loop.call_soon_threadsafe(_settle, future, result, error)
 
-        self._command(call)
-        result: T = await asyncio.wait_for(future, self.limits.seconds)
-        return result
+        self._count(1)
+        try:
+            self._command(call)
+            result: T = await future
+            return result
+        finally:
+            timer.cancel()
+            self._count(-1)
 
     def _refuse(self, rows: int) -> None:
+        if not self.alive:
+            raise ApiError(503, "the engine has ended", code="unavailable")
         if self.draining:
             raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
         most = self.limits.rows + self.limits.waiting
-        if rows > most:
-            raise ApiError(400, f"{rows} answers are asked for at once and {most} may be", code="too_many_rows")
         if self._open + rows > most:
             raise ApiError(
                 429,
@@ -118,21 +133,29 @@ class Scheduler:
                 headers={"Retry-After": "1"},
             )
 
-    @property
-    def open(self) -> int:
-        """Rows that run or wait."""
-        return self._open
+    def _count(self, rows: int) -> None:
+        self._open += rows
+        self.metrics.open.set(self._open)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    async def drain(self) -> None:
-        """Refuse what comes and wait for what runs, as long as the limits allow; then end."""
+    def stop(self) -> None:
+        """Refuse what comes, and end in good order what still runs when time for it is up. From any thread."""
+        if self.draining:
+            return
         self.draining = True
-        until = time.monotonic() + self.limits.drain_seconds
+        timer = threading.Timer(self.limits.drain_seconds, self._command, [self._expire])
+        timer.daemon = True
+        timer.start()
+
+    async def drain(self) -> None:
+        """`stop`, wait for what runs, and end the thread."""
+        self.stop()
+        until = time.monotonic() + self.limits.drain_seconds + 1
         while self._open and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
         with self._wake:
             self._ended = True
             self._wake.notify()
@@ -155,7 +178,10 @@ class Scheduler:
                 commands = list(self._commands)
                 self._commands.clear()
             for command in commands:
-                command()
+                try:
+                    command()
+                except Exception as error:
+                    self._tell("a command failed", error)
             if self.engine.active or self.engine.waiting:
                 self._step()
 
@@ -181,9 +207,8 @@ class Scheduler:
         started = time.monotonic()
         try:
             events = self.engine.step()
-        except Exception:
-            # Whatever it was, what ran is in no known state; what waits can still run.
-            log.exception("a step failed; the rows that ran are given up")
+        except Exception as error:
+            self._tell("a step failed, and what ran is given up", error)
             self._give_up()
             return
         ended = time.monotonic()
@@ -193,6 +218,8 @@ class Scheduler:
             if entry is None:
                 continue
             ticket, index = entry
+            if event.error is not None:
+                self._tell("a row failed", event.error)
             if event.tokens or event.finish is not None:
                 found.setdefault(ticket, []).append((index, event))
             if event.finish is not None:
@@ -202,14 +229,25 @@ class Scheduler:
         self._send(found)
 
     def _give_up(self) -> None:
+        """After a step that failed: what ran is in no known state; what waits can still run."""
+        self.engine.abandon()
+        waiting = [row.number for row in self.engine.waiting]
         # If nothing ran, it was the first of those that wait.
-        rows = list(self.engine.active) or list(self.engine.waiting)[:1]
-        lost = {self._tickets[row.number][0] for row in rows if row.number in self._tickets}
-        for row in rows:
-            self.engine.cancel(row.number)
-        for ticket in lost:
+        numbers = [number for number in self._tickets if number not in waiting] or waiting[:1]
+        self._fail({self._tickets[number][0] for number in numbers if number in self._tickets}, _failed())
+
+    def _expire(self) -> None:
+        error = ApiError(503, "the server is stopping", code="stopping")
+        self._fail({ticket for ticket, _ in self._tickets.values()}, error)
+
+    def _fail(self, tickets: set[Ticket], error: ApiError) -> None:
+        for ticket in tickets:
             self._cancel(ticket)
-        self._send({ticket: [ApiError(500, "the engine failed; the server's log says why")] for ticket in lost})
+        self._send({ticket: [error] for ticket in tickets})
+
+    def _tell(self, what: str, error: BaseException) -> None:
+        # A trace may hold what was asked.
+        log.error("%s: %s", what, type(error).__name__, exc_info=error if self.traces else None)
 
     def _send(self, found: dict[Ticket, list[Any]]) -> None:
         loops = {ticket.loop for ticket in found}
@@ -219,6 +257,10 @@ class Scheduler:
                 loop.call_soon_threadsafe(_deliver, mine)
             except RuntimeError:  # the loop has closed: nobody waits
                 log.debug("%d events came too late", len(mine))
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "the engine failed; the server's log says more")
 
 
 def _deliver(items: Sequence[tuple[Ticket, Any]]) -> None:

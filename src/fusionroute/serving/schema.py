@@ -11,8 +11,6 @@ LARGEST_SEED = 2**63 - 1
 STOPS = 16  # the protocol has four; templates of some clients send more
 CHOICES = 16
 
-Text = Annotated[str, Field(max_length=10_000_000)]
-
 
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)

@@ -12,6 +12,7 @@ from fusionroute import collection as collections
 from fusionroute.decoding.drafting import PromptLookup
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.members import Members
+from fusionroute.errors import UsageError
 from fusionroute.modeling import FusionRouteForCausalLM
 from fusionroute.serving.api import Service, create_app
 from fusionroute.serving.asking import Asking
@@ -22,6 +23,7 @@ from fusionroute.serving.settings import Limits
 from fusionroute.serving.words import Words
 from fusionroute.training.running import quiet
 
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -59,11 +61,13 @@ def make_service(
     )
     settings = model.generation_config
     defaults = {key: value for key in _DEFAULTS if settings.do_sample and (value := getattr(settings, key, None))}
-    name = name or (collections.DEFAULT if collection is None else Path(collection).name)
+    name = name or (collections.DEFAULT if collection is None else Path(collection).resolve().name)
+    if "@" in name:
+        raise UsageError(f"the name {name!r} has an @, after which names have a policy: give another with --name")
     metrics = Metrics()
     return Service(
         name,
-        Scheduler(engine, limits, metrics),
+        Scheduler(engine, limits, metrics, traces=log_prompts),
         Asking(name, model.config, reading, limits, defaults, sorted(engine.ends)),
         Words(collections.load_tokenizer(folder)),
         metrics,
@@ -80,8 +84,10 @@ class Server(uvicorn.Server):
         self.stopping = stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first time in good order, which is no failure; the second time at once."""
         self.stopping()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def serve(
@@ -94,7 +100,8 @@ def serve(
     access_log: bool = True,
 ) -> None:
     """Listen until told to stop; then finish what runs."""
-    app = create_app(service, key=key, origins=origins)
+    hosts = LOOPBACK if host in LOOPBACK or host == "::1" else None
+    app = create_app(service, key=key, origins=origins, hosts=hosts)
     config = uvicorn.Config(
         app,
         host=host,
@@ -103,15 +110,12 @@ def serve(
         ws="none",
         access_log=access_log,
         log_config=_logging(),
-        timeout_graceful_shutdown=int(service.limits.drain_seconds) + 1,
+        timeout_graceful_shutdown=int(service.limits.drain_seconds) + 3,
         server_header=False,
     )
 
-    def stopping() -> None:
-        service.scheduler.draining = True
-
     print(f"{service.name}: http://{host}:{port}/ (the page), http://{host}:{port}/v1 (for clients)", file=sys.stderr)
-    Server(config, stopping).run()
+    Server(config, service.scheduler.stop).run()
 
 
 def _logging() -> dict[str, Any]:

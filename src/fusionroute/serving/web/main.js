@@ -6,15 +6,16 @@ import { AnswerView, Marks, describe, node, shares } from "./tokens.js";
 
 const at = (id) => document.getElementById(id);
 const KEPT = "fusionroute.turns";
-const state = { about: null, marks: null, turns: [], running: null, gone: false };
+const state = { about: null, marks: null, turns: [], running: null, gone: false, kept: 0, alpha: null };
 
 // ------------------------------------------------------------------------------------------------ conversation
 
 /** The messages so far, as the first answer of each turn has them. */
 function messages() {
-  return state.turns.flatMap((turn) => [
+  // A turn that was refused is none: two questions in a row are more than some chat templates allow.
+  return state.turns.filter((turn) => turn.answers[0]?.tokens.length).flatMap((turn) => [
     { role: "user", content: turn.message },
-    ...(turn.answers[0]?.tokens.length ? [{ role: "assistant", content: turn.answers[0].text }] : []),
+    { role: "assistant", content: turn.answers[0].text },
   ]);
 }
 
@@ -26,7 +27,7 @@ function showTurn(turn) {
 }
 
 function addAnswer(turn, place, policy) {
-  const answer = { title: title(policy), policy, tokens: [], text: "", note: "" };
+  const answer = { title: title(policy), policy, tokens: [], text: "", note: "", ended: false };
   turn.answers.push(answer);
   const view = new AnswerView(answer.title, state.marks, showToken);
   place.append(view.root);
@@ -43,7 +44,7 @@ async function write({ answer, view }, asked, signal) {
       model: answer.policy, messages: asked, temperature: Number(at("temperature").value),
       max_completion_tokens: Number(at("tokens").value), candidates: 5,
     };
-    if (answer.policy === state.about.name) body.alpha = Number(at("alpha").value);
+    if (state.alpha !== null && !/alpha=|expert=router/.test(answer.policy)) body.alpha = state.alpha;
     for await (const chunk of chat(body, at("key").value, signal)) {
       for (const choice of chunk.choices) {
         const tokens = choice.fusionroute?.tokens ?? [], content = choice.delta.content ?? "";
@@ -54,9 +55,9 @@ async function write({ answer, view }, asked, signal) {
         answer.text += content;
         if (choice.finish_reason === "length") answer.note = "cut at the length asked for";
         if (end) at("talk").scrollTop = at("talk").scrollHeight;
-        drawLegend(answer.tokens);
+        if (answer === state.turns.at(-1)?.answers[0]) drawLegend(answer.tokens);
       }
-      keep();
+      if (performance.now() - state.kept > 1000) keep();
     }
     if (signal.aborted) answer.note = "stopped";
   } catch (error) {
@@ -64,6 +65,7 @@ async function write({ answer, view }, asked, signal) {
     problem(error.message);
     if (!(await alive())) waitForServer();
   } finally {
+    answer.ended = true;
     view.end(answer.note);
     keep();
   }
@@ -129,8 +131,10 @@ function problem(text) {
 // ------------------------------------------------------------------------------------------------- kept on reload
 
 function keep() {
+  state.kept = performance.now();
   try {
-    sessionStorage.setItem(KEPT, JSON.stringify(state.turns));
+    // Without candidates, which are most of it.
+    sessionStorage.setItem(KEPT, JSON.stringify(state.turns, (name, value) => (name === "candidates" ? undefined : value)));
   } catch {
     // Too long a conversation is not kept; it goes on all the same.
   }
@@ -150,6 +154,8 @@ function restore() {
       const view = new AnswerView(answer.title, state.marks, showToken);
       place.append(view.root);
       view.add(answer.tokens);
+      if (!answer.ended) answer.note = "broken off by a reload";
+      answer.ended = true;
       view.end(answer.note);
     }
   }
@@ -208,13 +214,15 @@ function fillPolicies() {
 async function start() {
   const show = (id) => () => { at(`${id}-value`).textContent = at(id).value; };
   for (const id of ["alpha", "temperature"]) at(id).addEventListener("input", show(id));
+  // As long as nobody moves it the collection's own weight stands, which the slider may not be able to show.
+  at("alpha").addEventListener("input", () => { state.alpha = Number(at("alpha").value); });
   if (!(await alive())) await waitForServer();
   state.about = await (await fetch("/web/collection.json")).json();
   state.marks = new Marks(state.about.experts.map((e) => e.name));
   at("name").textContent = state.about.name;
   document.title = `${state.about.name} · FusionRoute`;
   at("alpha").value = state.about.alpha;
-  show("alpha")();
+  at("alpha-value").textContent = state.about.alpha;
   fillPolicies();
   drawLegend([]);
   restore();
@@ -225,6 +233,7 @@ async function start() {
   at("export-json").addEventListener("click", () =>
     files.save("fusionroute.json", "application/json", JSON.stringify({ collection: state.about, turns: state.turns }, null, 1)));
   at("export-html").addEventListener("click", exportPage);
+  window.addEventListener("pagehide", keep);
   at("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
   });

@@ -385,3 +385,65 @@ def test_an_end_has_its_place_among_the_logprobs_of_a_completion(client: openai.
     (choice,) = reply.choices
     assert choice.text == "A farmer"
     assert len(choice.logprobs.token_logprobs) == reply.usage.prompt_tokens + 1
+
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "add", "parameters": {
+        "type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "additionalProperties": False}}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calling(start: Start) -> openai.OpenAI:
+    """A server whose chat template tells of tools as Qwen2.5's does."""
+    live = start()
+    tokenizer = live.service.asking.tokenizer
+    tokenizer.chat_template = (
+        "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}Answer with <tool_call>.{% endif %}"
+        + tokenizer.chat_template
+    )
+    return live.client()
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_forced_tool_is_called(calling: openai.OpenAI, choice: Any) -> None:
+    for seed in range(3):
+        settings: Any = {"model": NAME, "messages": ASK, "tools": TOOLS, "tool_choice": choice, "seed": seed}
+        (reply,) = calling.chat.completions.create(**settings, max_tokens=200).choices
+        (call,) = reply.message.tool_calls
+        assert reply.finish_reason == "tool_calls"
+        assert reply.message.content is None
+        assert call.function.name in ({"add", "stop"} if choice == "required" else {"add"})
+        if call.function.name == "add":
+            assert json.loads(call.function.arguments)["a"] in (1, 2)
+        chunks = list(calling.chat.completions.create(**settings, max_tokens=200, stream=True))
+        (streamed,) = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
+        assert streamed.function == call.function or streamed.function.arguments == call.function.arguments
+        assert not "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_conversation_with_calls_is_understood(calling: openai.OpenAI) -> None:
+    messages: Any = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{\"a\": 1}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "15"},
+    ]  # fmt: skip
+    assert calling.chat.completions.create(model=NAME, messages=messages, tools=TOOLS, max_tokens=4).choices
+
+
+def test_tools_may_be_left_alone(calling: openai.OpenAI) -> None:
+    plain = calling.chat.completions.create(model=NAME, messages=ASK, temperature=0, max_tokens=8)
+    none = calling.chat.completions.create(
+        model=NAME, messages=ASK, temperature=0, max_tokens=8, tools=TOOLS, tool_choice="none"
+    )
+    assert none.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_a_tool_that_there_is_not(calling: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="not among the tools"):
+        calling.chat.completions.create(
+            model=NAME, messages=ASK, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "law"}}
+        )

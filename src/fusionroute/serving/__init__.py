@@ -9,6 +9,8 @@ scheduler.py   the thread that the engine runs in; joins, leaves, limits
 replies.py     what the engine wrote becomes replies of the protocol
 metrics.py     figures for Prometheus
 guard.py       keys, sizes, slow bodies, cross-origin rules
+streams.py     work for a client as long as it is there
+describe.py    the server's own description
 api.py         the routes
 web/           the page
 """

@@ -4,26 +4,26 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
 
 from fusionroute import __version__
 from fusionroute.configuration import ROUTER
 from fusionroute.decoding.rows import Event
 from fusionroute.serving import policies
 from fusionroute.serving.asking import Asked, Asking
+from fusionroute.serving.describe import ERROR, REPLIES, STATUSES, describe
 from fusionroute.serving.echo import echo
 from fusionroute.serving.errors import ApiError
 from fusionroute.serving.guard import Guard
@@ -32,10 +32,10 @@ from fusionroute.serving.replies import Echo, Replies
 from fusionroute.serving.scheduler import Scheduler
 from fusionroute.serving.schema import ChatRequest, CompletionRequest
 from fusionroute.serving.settings import Limits
+from fusionroute.serving.streams import EventStream, unless_gone
 from fusionroute.serving.words import Words
 
 log = logging.getLogger("fusionroute.serve")
-T = TypeVar("T")
 PAGE = {
     "page.css": "text/css", "icon.svg": "image/svg+xml", "main.js": "text/javascript", "stream.js": "text/javascript",
     "tokens.js": "text/javascript", "export.js": "text/javascript",
@@ -105,16 +105,16 @@ def create_app(
     _protocol(app, service)
     _operations(app, service)
     _page(app)
-    _describe(app)
+    describe(app)
     return app
 
 
 def _protocol(app: FastAPI, service: Service) -> None:
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"description": what, "content": {"application/json": {"schema": _ERROR}}}
-        for status, what in _STATUSES.items()
+        status: {"description": what, "content": {"application/json": {"schema": ERROR}}}
+        for status, what in STATUSES.items()
     }
-    replies = {200: {"description": "the answer, or with `stream` its pieces", "content": _REPLIES}, **errors}
+    replies = {200: {"description": "the answer, or with `stream` its pieces", "content": REPLIES}, **errors}
 
     def card(name: str) -> dict[str, Any]:
         return {
@@ -148,7 +148,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
         usage = body.stream_options is not None and body.stream_options.include_usage
         echoes: list[Echo] = []
         if body.echo:
-            found = await _unless_gone(request, _echoes(service, asked))
+            found = await unless_gone(request, _echoes(service, asked))
             if found is None:
                 return Response(status_code=499)
             echoes = found
@@ -220,11 +220,11 @@ async def _answer(
 ) -> Response:
     events = service.scheduler.answer(replies.asked.rows)
     if not stream:
-        found = await _unless_gone(request, _all(events, replies))
+        found = await unless_gone(request, _all(events, replies))
         return Response(status_code=499) if found is None else _json(replies.whole(echoes))
     # What is refused before the first token is refused by its status.
     try:
-        begun = await _unless_gone(request, anext(events))
+        begun = await unless_gone(request, anext(events))
     except BaseException:
         await events.aclose()
         raise
@@ -276,116 +276,7 @@ def _json(body: dict[str, Any]) -> Response:
     return Response(_dump(body), media_type="application/json")
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """What `work` gives; None, and no more work, once the client is gone."""
-    task: asyncio.Future[T] = asyncio.ensure_future(work)
-    gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-class EventStream(Response):
-    """Server-sent events, until the client is gone or does not read for so many seconds; what makes them then ends."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, frames: AsyncGenerator[str], seconds: float) -> None:
-        self.frames, self.seconds = frames, seconds
-        self.status_code, self.background = 200, None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending: asyncio.Future[None] = asyncio.ensure_future(self._send(send))
-        gone: asyncio.Future[None] = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({sending, gone}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in (sending, gone):
-                each.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
-        if not sending.cancelled() and (error := sending.exception()) is not None:
-            raise error
-
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self.frames):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for frame in self.frames:
-                await send({"type": "http.response.body", "body": frame.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 # ----------------------------------------------------------------------------------------------------------- refusals
-
-_STATUSES = {
-    400: "the request cannot be done",
-    401: "the key is missing or wrong",
-    404: "there is no such model",
-    408: "the body did not arrive in time",
-    413: "the body is too long",
-    429: "too many answers wait",
-    500: "the server failed",
-    503: "the server is stopping",
-    504: "no answer in time",
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-
-
-_REPLIES = {
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "required": ["id", "object", "created", "model", "choices", "usage"],
-            "properties": {
-                "id": {"type": "string"},
-                "object": {"enum": ["chat.completion", "text_completion"]},
-                "created": {"type": "integer"},
-                "model": {"type": "string"},
-                "choices": {"type": "array", "minItems": 1, "items": {"type": "object"}},
-                "usage": {"type": "object"},
-            },
-        }
-    },
-    "text/event-stream": {"schema": {"type": "string"}},
-}
-
-
-def _describe(app: FastAPI) -> None:
-    """Leave out of the description what FastAPI answers to bad bodies: here that is a 400 as any other."""
-    describe = app.openapi
-
-    def described() -> dict[str, Any]:
-        found = describe()
-        for path in found["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        return found
-
-    app.openapi = described  # type: ignore[method-assign]
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -372,13 +372,13 @@ def test_killing_the_parent(caged: Runner, free: Runner) -> None:
 @pytest.mark.parametrize(
     "attack",
     [
-        f"resource.prlimit({os.getpid()}, resource.RLIMIT_CPU)",
-        f"os.sched_setaffinity({os.getpid()}, os.sched_getaffinity(0))",
-        f"os.setpriority(os.PRIO_PROCESS, {os.getpid()}, 0)",
-        f"check(libc.syscall(434, {os.getpid()}, 0))",  # pidfd_open
-        f"check(libc.ptrace(0x4206, {os.getpid()}, 0, 0))",  # PTRACE_SEIZE
+        "resource.prlimit(PARENT, resource.RLIMIT_CPU)",
+        "os.sched_setaffinity(PARENT, os.sched_getaffinity(0))",
+        "os.setpriority(os.PRIO_PROCESS, PARENT, 0)",
+        "check(libc.syscall(434, PARENT, 0))",  # pidfd_open
+        "check(libc.ptrace(0x4206, PARENT, 0, 0))",  # PTRACE_SEIZE
         # A pipe sends its owner the signal of one's choice when there is something to read.
-        f"fcntl.fcntl(0, fcntl.F_SETOWN, {os.getpid()})",
+        "fcntl.fcntl(0, fcntl.F_SETOWN, PARENT)",
         "fcntl.fcntl(0, 10, 9)",  # F_SETSIG
         "check(libc.unshare(0x10000000))",  # CLONE_NEWUSER
         "check(libc.umount2(b'/nowhere', 0))",
@@ -390,6 +390,7 @@ def test_killing_the_parent(caged: Runner, free: Runner) -> None:
 def test_other_ways_out(caged: Runner, attack: str) -> None:
     source = f"""
         import ctypes, fcntl, os, resource
+        PARENT = {os.getpid()}
         libc = ctypes.CDLL(None, use_errno=True)
         def check(result):
             if result < 0: raise OSError(ctypes.get_errno(), "refused")

@@ -139,6 +139,9 @@ def test_compare(live: Live, visit: Callable[..., Page]) -> None:
     expect(answers).to_have_count(2)
     assert answers.nth(1).locator("h3").inner_text() == "math alone"
     assert set(answers.nth(1).locator(".t").evaluate_all("all => all.map(t => t.className.split(' ')[1])")) == {"e0"}
+    answers.nth(1).locator(".t").last.hover()
+    expect(page.locator("#token")).to_contain_text("the router was not asked")
+    expect(page.locator("#token th")).to_have_count(1)
 
 
 def test_alpha_changes_the_answer(live: Live, visit: Callable[..., Page]) -> None:

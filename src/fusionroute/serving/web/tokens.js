@@ -108,6 +108,13 @@ export function describe(token, marks) {
   const head = node("p");
   head.append(node("code", "", JSON.stringify(token.text)), ` by ${token.expert}`, token.drafted ? " (drafted)" : "");
   box.append(head);
+  // Where the policy names the expert and the router is left out, there are no scores: the weights are all alike.
+  const asked = new Set(Object.values(token.weights)).size > 1;
+  if (!asked) {
+    box.append(node("p", "", "The policy chose the expert; the router was not asked."));
+    if (token.candidates) box.append(table(token, ["fused"]));
+    return box;
+  }
   for (const [name, weight] of Object.entries(token.weights)) {
     const row = node("div", "weight"), bar = node("div", "bar"), fill = node("span", marks.of(name));
     fill.style.width = `${100 * weight}%`;
@@ -118,13 +125,12 @@ export function describe(token, marks) {
   box.append(node("p", "", token.overruled
     ? "The complement overruled the expert: its own first choice was another."
     : "The expert's own first choice stood."));
-  if (token.candidates) box.append(table(token));
+  if (token.candidates) box.append(table(token, ["router", "expert", "fused"]));
   return box;
 }
 
-function table(token) {
+function table(token, sides) {
   const made = node("table"), head = node("tr");
-  const sides = ["router", "expert", "fused"];
   for (const side of sides) {
     const cell = node("th", "", side);
     cell.scope = "col";

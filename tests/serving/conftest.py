@@ -1,6 +1,9 @@
 """A tiny random collection behind a real socket, and stock clients for it."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +65,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def spawn(folder: Path, port: int, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """`fusionroute serve` as a process of its own, which writes to the end of `log`."""
+    command = [
+        sys.executable,
+        "-m",
+        "fusionroute",
+        "serve",
+        "-c",
+        str(folder),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environment})
 
 
 def listen(service: Service, *, key: str | None = None, origins: tuple[str, ...] = ()) -> tuple[Live, threading.Thread]:

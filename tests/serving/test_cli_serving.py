@@ -1,7 +1,6 @@
 """`fusionroute serve` as a process, and its refusals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving.conftest import free_port
+from tests.serving.conftest import free_port, spawn
 
 PROMPT = "How many secret cows has he now?"
 
@@ -25,21 +24,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server with a key from the environment: the process and its address."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "fusionroute",
-        "serve",
-        "-c",
-        str(folder),
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-    ]
-    environment = {**os.environ, "FUSIONROUTE_API_KEY": "sesame"}
-    with log.open("wb") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    server = spawn(folder, port, log, FUSIONROUTE_API_KEY="sesame")
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + 90
     while True:
         try:

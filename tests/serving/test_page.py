@@ -1,12 +1,10 @@
 """The page in a real browser."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,25 +236,13 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_a_server_that_dies_and_comes_back(folder: Path, browser: Browser, tmp_path: Path) -> None:
-    from tests.serving.conftest import free_port
+    from tests.serving.conftest import free_port, spawn
 
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "fusionroute",
-        "serve",
-        "-c",
-        str(folder),
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-    ]
+    log = tmp_path / "log"
 
     def begin() -> subprocess.Popen[bytes]:
-        log = (tmp_path / "log").open("ab")
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return spawn(folder, port, log, OMP_NUM_THREADS="1")
 
     server = begin()
     page = browser.new_page()
@@ -267,7 +253,7 @@ def test_a_server_that_dies_and_comes_back(folder: Path, browser: Browser, tmp_p
                 page.goto(f"http://127.0.0.1:{port}/")
                 break
             except Exception:
-                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert server.poll() is None, log.read_text()
                 assert time.monotonic() < until
                 time.sleep(0.2)
         expect(page.locator("#status")).to_have_text(READY, timeout=30_000)

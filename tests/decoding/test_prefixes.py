@@ -46,6 +46,19 @@ def test_whatever_was_written_before_changes_nothing(collection: Collection, row
         assert answer.ids == [token for token, _ in _alone(collection, tuple(prompt))][:new]
 
 
+def test_the_same_prompt_under_other_policies_is_one_prompt(collection: Collection) -> None:
+    """Entries of equal ids stand beside each other, since each has an expert that is ahead of the other's."""
+    engine = engine_of(collection, "adapters")
+    for expert in ("math", "code", "math", "math"):
+        (answer,) = engine.generate([Request(FIRST, 1, expert=expert, ignore_end=True)])
+        alone = Engine(collection("adapters")).generate([Request(FIRST, 1, expert=expert, ignore_end=True)])
+        assert answer.ids == alone[0].ids
+    engine = engine_of(collection, "adapters")
+    for expert in (None, "math", "code", None, "code", "math", None):
+        (answer,) = engine.generate([Request(FIRST, 6, expert=expert)])
+        assert answer.ids == Engine(collection("adapters")).generate([Request(FIRST, 6, expert=expert)])[0].ids
+
+
 _KNOWN: dict[tuple[int, ...], list[tuple[int, str]]] = {}
 
 

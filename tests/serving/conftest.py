@@ -115,6 +115,7 @@ def start(folder: Path) -> Iterator[Start]:
     def begin(key: str | None = None, origins: tuple[str, ...] = (), **limits: Any) -> Live:
         limits = {"drain_seconds": 2.0, **limits}
         service = make_service(str(folder), Limits(**limits), name=NAME, dtype="float32")
+        service.scheduler.traces = True
         live, thread = listen(service, key=key, origins=origins)
         running.append((live, thread))
         return live

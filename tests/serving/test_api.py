@@ -1,6 +1,7 @@
 """What the stock client does not show: raw replies, disconnects, limits, health, figures, hostile bodies."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -211,6 +212,23 @@ def test_a_step_that_fails_costs_what_ran_and_no_more(start: Start, monkeypatch:
         assert "secret" not in error["message"]
         assert http.post("/v1/chat/completions", json=ASK | {"max_tokens": 3}).status_code == 200
     assert fragile.idle()
+
+
+def test_a_failed_step_is_logged_by_kind_and_place(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fragile = start()
+    fragile.service.scheduler.traces = False
+
+    def fail() -> Any:
+        raise MemoryError("a secret place")
+
+    monkeypatch.setattr(fragile.engine, "step", fail)
+    with fragile.http() as http:
+        is_error(http.post("/v1/chat/completions", json=ASK), 500)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "fusionroute.serve"]
+    assert re.search(r"MemoryError at test_api\.py:\d+ fail < scheduler\.py:\d+ _step", line)
+    assert "secret" not in caplog.text
 
 
 def test_half_a_step_leaves_nothing_behind(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ LEAST = 16  # tokens that are worth a copy
 MOST = 256  # entries
 
 
-@dataclass
+@dataclass(eq=False)  # an entry is itself: tensors do not compare to a truth value
 class Prefix:
     """Tokens of a row that has ended, and by member how many of them it had seen, and its keys and values there."""
 

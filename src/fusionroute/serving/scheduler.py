@@ -8,8 +8,10 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fusionroute.decoding.engine import Engine
@@ -41,7 +43,7 @@ class Scheduler:
         engine: nothing else may touch it while this runs.
         limits: how many rows may wait, and how long.
         metrics: told of every step.
-        traces: log whole stack traces; else what kind of error it was.
+        traces: log whole stack traces; else what kind of error it was, and where.
     """
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, *, traces: bool = False) -> None:
@@ -246,8 +248,10 @@ class Scheduler:
         self._send({ticket: [error] for ticket in tickets})
 
     def _tell(self, what: str, error: BaseException) -> None:
-        # A trace may hold what was asked.
-        log.error("%s: %s", what, type(error).__name__, exc_info=error if self.traces else None)
+        # A message may hold what was asked; where it was raised never does.
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+        log.error("%s: %s at %s", what, type(error).__name__, where, exc_info=error if self.traces else None)
 
     def _send(self, found: dict[Ticket, list[Any]]) -> None:
         loops = {ticket.loop for ticket in found}

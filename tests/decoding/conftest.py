@@ -97,6 +97,6 @@ def always_drafting() -> Iterator[None]:
         return modes[next(steps) // 3 % len(modes)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Acceptance, "count", lambda self, price: min(next(turns), self.longest))
+        patch.setattr(Acceptance, "count", lambda self, price, worth: min(next(turns), self.longest))
         patch.setattr(FastestMode, "current", take_turns)
         yield

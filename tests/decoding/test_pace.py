@@ -44,6 +44,17 @@ def test_the_drafter_is_paid_for_too() -> None:
     assert cost.price(2, drafting=3.0) == pytest.approx(2 * 3 / 10, rel=1e-3)
 
 
+def test_a_row_s_own_part_of_a_step() -> None:
+    cost = told([(1, 0), (9, 3), (4, 0), (2, 7)] * 20, 10, 0.5, 0.1, guess=0.0, trust=1e-9)
+    assert cost.share(4) == pytest.approx(4 * 0.5 / (10 + 4 * 0.5), rel=1e-3)
+
+
+def test_a_part_is_no_more_than_the_whole() -> None:
+    cost = told([(1, 0), (9, 3), (4, 0), (2, 7)] * 20, 0, 0.5, 0.1)
+    assert cost.share(12) == pytest.approx(1, abs=0.05)
+    assert CostModel().share(1000) == 1
+
+
 def test_the_unit_of_time_does_not_matter() -> None:
     varied = [(1, 0), (9, 3), (4, 0), (2, 7)]
     seconds, milliseconds = told(varied, 0.1, 0.01, 0.02), told(varied, 100, 10, 20)
@@ -138,6 +149,13 @@ def test_a_row_of_which_all_is_kept_goes_on(longest: int, price: float, drafts: 
     for _ in range(drafts + 10):
         acceptance.add(longest, longest)
     assert acceptance.count(price) == longest
+
+
+def test_a_token_that_saves_little_is_not_drafted_for() -> None:
+    row = Acceptance(8)
+    row.add(60, 60)
+    assert row.count(0.1) == 8
+    assert row.count(0.1, worth=0.1) == 0
 
 
 def test_a_dear_draft_is_not_made() -> None:

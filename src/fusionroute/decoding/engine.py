@@ -249,8 +249,12 @@ class Engine:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
         count = len(self.active)
         price = self.costs[mode].price(count, self.draft_cost.seconds(count) / count)
+        # A row that ends early leaves its place to one that waits. Where none does, and others go on, it saves its own
+        # part of the steps that it need not take, and no step.
+        worth = 1.0 if self.waiting or count == 1 else self.costs[mode].share(count)
         counts = [
-            0 if row.pending else min(row.acceptance.count(price), row.limit - len(row.ids) - 1) for row in self.active
+            0 if row.pending else min(row.acceptance.count(price, worth), row.limit - len(row.ids) - 1)
+            for row in self.active
         ]
         if isinstance(self.drafter, RouterDraft):
             started, visits = time.perf_counter(), self.members.visits

@@ -77,6 +77,13 @@ class CostModel:
             return self.guess * rows
         return rows * (max(self._fit()[2], 0.0) + drafting) / self.seconds(rows)
 
+    def share(self, rows: int) -> float:
+        """Which part of a step of so many rows is theirs and ends with them, not the step's own; `guess` a row before
+        the first step."""
+        if not self.mean:
+            return min(self.guess * rows, 1.0)
+        return min(max(self._fit()[1], 0.0) * rows / self.seconds(rows), 1.0)
+
 
 class Acceptance:
     """How often drafted tokens are kept, and so how many to ask for next.
@@ -117,11 +124,14 @@ class Acceptance:
         self.failed = self.failed * self.decay + (kept < drafted)
         self.idle = 0
 
-    def count(self, price: float) -> int:
-        """How many tokens to draft, each for `price` steps: as many as promise most tokens per second; 0 is none."""
+    def count(self, price: float, worth: float = 1.0) -> int:
+        """How many tokens to draft, each for `price` steps: as many as promise most tokens per second; 0 is none.
+
+        `worth` is what a token is worth that comes a step early, in tokens.
+        """
         probability, best, count, tokens = self.probability, self.gain, 0, 1.0
         for length in range(1, self.longest + 1):
-            tokens += probability**length
+            tokens += worth * probability**length
             if tokens / (1 + length * price) > best:
                 best, count = tokens / (1 + length * price), length
         if count:

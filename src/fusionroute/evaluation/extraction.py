@@ -64,6 +64,12 @@ def marked_number(text: str) -> Fraction | None:
     return None
 
 
+def marked_text(text: str) -> str | None:
+    """What stands after the last `####` on its line; None if nothing is."""
+    marks = list(_MARKED.finditer(text))
+    return text[marks[-1].end() :].partition("\n")[0].strip() if marks else None
+
+
 def show(number: Fraction | None) -> str | None:
     """A number as people write it, for reports."""
     return None if number is None else str(number)
@@ -102,7 +108,7 @@ def fenced_blocks(text: str) -> list[Block]:
     blocks: list[Block] = []
     opening: re.Match[str] | None = None
     inside: list[str] = []
-    for line in unix_lines(text).split("\n"):
+    for line in _opened(unix_lines(text)).split("\n"):
         if opening is None:
             opening, inside = (_OPENING.match(line) if "```" in line else None), []
             continue
@@ -121,6 +127,22 @@ def fenced_blocks(text: str) -> list[Block]:
     if opening is not None:
         blocks.append(_block(inside, opening, closed=False))
     return blocks
+
+
+def _opened(text: str) -> str:
+    """`text` with the opening fence that was left out: code, then a first fence of no language, closes that code."""
+    lines = text.split("\n")
+    first = next((number for number, line in enumerate(lines) if _OPENING.match(line)), None)
+    if first is None or not re.fullmatch(r"\s*`{3,}\s*", lines[first]):
+        return text
+    start = next((number for number, line in enumerate(lines[:first]) if _STARTS_CODE.match(line)), None)
+    if start is None or not _is_python("\n".join(lines[start:first])):
+        return text
+    return "\n".join([*lines[:start], lines[first].strip(), *lines[start:]])
+
+
+def _is_python(code: str) -> bool:
+    return _error_line(textwrap.dedent(code), ast.PyCF_ONLY_AST) is None
 
 
 def _block(lines: Sequence[str], opening: re.Match[str], *, closed: bool) -> Block:

@@ -81,6 +81,10 @@ def math500(row: Row, answer: str, *, unsafe: bool = False) -> Score:
     if boxed is not None and (_squeezed(boxed) == _squeezed(wanted) or _math.equal(wanted, f"\\boxed{{{boxed}}}")[0]):
         return Score({"strict": 1.0, "flexible": 1.0}, extracted=boxed)
     equal, found = _math.equal(wanted, answer)
+    # The form of GSM8K's solutions, which math-verify does not know.
+    marked = extraction.marked_text(answer)
+    if not equal and boxed is None and marked is not None:
+        equal, found = _math.equal(wanted, f"\\boxed{{{marked.strip('$')}}}")
     return Score({"strict": 0.0, "flexible": float(equal)}, extracted=found)
 
 

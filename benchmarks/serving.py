@@ -3,8 +3,8 @@
     python benchmarks/serving.py overhead|reuse|load [--minutes 10] [--clients 64] [--collection NAME]
 
 The server is a process of its own, `fusionroute serve`; this one asks. `overhead` takes turns with an engine in this
-process on the same prompts; ratios are medians over rounds. The last line is one JSON document. Never a test: a busy
-machine makes `overhead` and `reuse` lie.
+process on the same prompts; ratios are medians over rounds. The last line is one JSON document; the exit code of `load`
+is 1 if a request failed or anything was left behind. Never a test: a busy machine makes `overhead` and `reuse` lie.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -36,21 +37,26 @@ def serving(collection: str | None, *options: str) -> Iterator[tuple[str, psutil
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "fusionroute", "serve", "--port", str(port), "--no-access-log", *options]
     command += [] if collection is None else ["--collection", collection]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health/ready").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit("the server does not start")
-            time.sleep(0.2)
-        yield url, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            until = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health/ready").status_code == 200:
+                        break
+                if process.poll() is not None or time.monotonic() > until:
+                    raise SystemExit("the server does not start")
+                time.sleep(0.2)
+            yield url, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait(60)
+            log.seek(0)
+            for line in log.read().decode(errors="replace").splitlines():
+                if "ERROR" in line:
+                    print(line)
 
 
 def question(generator: random.Random, words: int = 20) -> str:
@@ -63,20 +69,21 @@ def question(generator: random.Random, words: int = 20) -> str:
 # ------------------------------------------------------------------------------------------------------- overhead
 
 
-async def streams(url: str, prompts: list[str], tokens: int) -> tuple[float, int]:
-    """Seconds and tokens of so many streams at once."""
+async def streams(url: str, prompts: list[str], tokens: int) -> tuple[float, float]:
+    """Tokens per second of so many streams at once: of all together, and of the slowest."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         started = time.perf_counter()
-        counts = await asyncio.gather(*(stream(client, prompt, tokens) for prompt in prompts))
-        return time.perf_counter() - started, sum(counts)
+        found = await asyncio.gather(*(stream(client, prompt, tokens) for prompt in prompts))
+        together = sum(count for count, _ in found) / (time.perf_counter() - started)
+        return together, min(count / seconds for count, seconds in found)
 
 
-async def stream(client: httpx.AsyncClient, prompt: str, tokens: int) -> int:
-    count = 0
+async def stream(client: httpx.AsyncClient, prompt: str, tokens: int) -> tuple[int, float]:
+    count, started = 0, time.perf_counter()
     async for chunk in frames(client, body(prompt, max_tokens=tokens, temperature=0, ignore_eos=True)):
         for choice in chunk["choices"]:
             count += len(choice.get("fusionroute", {}).get("tokens", []))
-    return count
+    return count, time.perf_counter() - started
 
 
 def body(prompt: str, **settings: Any) -> dict[str, Any]:
@@ -92,7 +99,7 @@ async def frames(client: httpx.AsyncClient, asked: dict[str, Any]) -> AsyncItera
 
 
 def overhead(collection: str | None, rounds: int, tokens: int) -> dict[str, Any]:
-    """Tokens per second of 1, 2 and 16 clients, to the engine's at that batch."""
+    """Tokens per second of 1, 2 and 16 clients to the engine's at that batch, and of the slowest client to a row's."""
     from fusionroute import Request, encode_chat
     from fusionroute.serving.server import make_service
     from fusionroute.serving.settings import Limits
@@ -102,7 +109,7 @@ def overhead(collection: str | None, rounds: int, tokens: int) -> dict[str, Any]
     generator, found = random.Random(0), {}
     with serving(collection) as (url, _):
         for clients in (1, 2, 16):
-            ratios, speeds = [], []
+            ratios, slowest, speeds = [], [], []
             for number in range(rounds + 1):
                 prompts = [question(generator) for _ in range(clients)]
                 rows = [
@@ -116,14 +123,15 @@ def overhead(collection: str | None, rounds: int, tokens: int) -> dict[str, Any]
                         count = sum(len(answer.tokens) for answer in engine.generate(rows))
                         sides[side] = count / (time.perf_counter() - started)
                     else:
-                        seconds, count = asyncio.run(streams(url, prompts, tokens))
-                        sides[side] = count / seconds
+                        sides[side], slow = asyncio.run(streams(url, prompts, tokens))
                 if number:  # the first warms up
                     ratios.append(sides["server"] / sides["engine"])
+                    slowest.append(slow / (sides["engine"] / clients))
                     speeds.append(sides["server"])
             found[clients] = {
                 "ratio": statistics.median(ratios),
                 "range": [min(ratios), max(ratios)],
+                "slowest_client": statistics.median(slowest),
                 "tokens_per_second": statistics.median(speeds),
             }
             print(f"{clients} clients: {found[clients]}", flush=True)
@@ -279,6 +287,8 @@ def main() -> None:
     else:
         found = load(given.collection, given.minutes, given.clients)
     print(json.dumps({"what": given.what, "load_before": before, **found}))
+    if given.what == "load" and (found["failed"] or found["rows_left"] or found["kv_bytes_left"]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

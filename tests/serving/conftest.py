@@ -49,10 +49,22 @@ class Live:
         """Whether every row ends within so long, and nothing is held for rows that run."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if not (self.engine.active or self.engine.waiting or self.service.scheduler._open):
-                return self.engine.members.allocated == 0
+            # A row has left before its memory is given back.
+            held = self.engine.active or self.engine.waiting or self.service.scheduler._open
+            if not held and self.engine.members.allocated == 0:
+                return True
             time.sleep(0.01)
         return False
+
+    def slowed(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        """Let every step take so long."""
+        step = self.engine.step
+
+        def later() -> Any:
+            time.sleep(seconds)
+            return step()
+
+        monkeypatch.setattr(self.engine, "step", later)
 
     def stop(self) -> None:
         self.server.should_exit = True

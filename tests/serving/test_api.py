@@ -41,7 +41,8 @@ def test_a_stream_ends_as_the_protocol_has_it(live: Live) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(live: Live, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_row(live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    live.slowed(monkeypatch, 0.05)
     with socket.create_connection(("127.0.0.1", int(live.url.rsplit(":", 1)[1]))) as raw:
         body = json.dumps({**LONG, "stream": stream}).encode()
         head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
@@ -54,7 +55,8 @@ def test_a_client_that_leaves_frees_its_row(live: Live, stream: bool) -> None:
         (row,) = live.engine.active
         at = row.new
     assert live.idle(5)
-    assert row.new < 390, (at, row.new)
+    # The step under way when the client left, the one in which that was seen, and what drafts may add.
+    assert row.new - at <= 2 * (live.engine.draft_length + 1)
 
 
 def test_too_many_are_told_to_come_later(start: Start) -> None:
@@ -114,6 +116,56 @@ def test_health_and_figures(live: Live) -> None:
         "time_per_token_seconds_count", "tokens_drafted_total", "kv_bytes", "kv_kept_bytes",
     ):  # fmt: skip
         assert f"fusionroute_{name}" in figures
+
+
+def test_refusals_and_drafts_are_counted(start: Start) -> None:
+    small = start(rows=1, waiting=0)
+
+    def figure(name: str) -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"fusionroute_{name} ")).split()[-1])
+
+    with small.http() as http:
+        is_error(http.post("/v1/chat/completions", json={**ASK, "n": 2}), 400)
+        assert figure("requests_refused_total") == 0
+        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}):
+            is_error(http.post("/v1/chat/completions", json=ASK), 429, "queue_full")
+        assert figure("requests_refused_total") == 1
+        assert small.idle()
+        # One token again and again: whatever is drafted is right.
+        (token,) = small.engine.tokenizer("A", add_special_tokens=False)["input_ids"]
+        body = {**ASK, "temperature": 0, "logit_bias": {str(token): 100}, "max_tokens": 200}
+        http.post("/v1/chat/completions", json=body)
+        assert figure("tokens_proposed_total") >= figure("tokens_drafted_total") > 0
+
+
+def test_a_long_text_is_refused_before_it_is_read(start: Start) -> None:
+    live = start(body_bytes=40_000_000)
+    started = time.monotonic()
+    with live.http() as http:
+        for path, body in (
+            ("chat/completions", {"messages": [{"role": "user", "content": "x y " * 8_000_000}]}),
+            ("completions", {"prompt": "x y " * 8_000_000}),
+        ):
+            is_error(http.post(f"/v1/{path}", json=body), 400, "context_length_exceeded")
+    assert time.monotonic() - started < 10
+
+
+def test_a_method_that_an_address_does_not_have(live: Live) -> None:
+    with live.http() as http:
+        is_error(http.get("/v1/chat/completions"), 405, "method_not_allowed")
+
+
+def test_a_call_is_asked_for_without_tools(live: Live) -> None:
+    with live.http() as http:
+        is_error(http.post("/v1/chat/completions", json={**ASK, "tool_choice": "required"}), 400)
+
+
+def test_calls_in_a_conversation_need_a_template_that_knows_them(live: Live) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [*ASK["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with live.http() as http:
+        is_error(http.post("/v1/chat/completions", json={**ASK, "messages": messages}), 400, "tools_unsupported")
 
 
 @pytest.mark.parametrize("path", ["/", "/web/main.js", "/web/page.css", "/web/collection.json"])
@@ -178,7 +230,7 @@ def test_any_body_has_an_answer_or_a_refusal(live: Live, changes: dict[str, Any]
 
 def test_a_bad_request_does_not_disturb_another(live: Live) -> None:
     with live.http() as http:
-        body = {**ASK, "max_tokens": 60, "seed": 1, "ignore_eos": True}
+        body = {**ASK, "max_tokens": 300, "seed": 1, "ignore_eos": True}
         alone = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     found: list[Any] = []
 
@@ -188,10 +240,16 @@ def test_a_bad_request_does_not_disturb_another(live: Live) -> None:
 
     thread = threading.Thread(target=good)
     thread.start()
+    # After "a" only the end is allowed, which may not come yet: this row fails beside the other.
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "a"}}}
+    stuck = {**ASK, "min_tokens": 50, "response_format": schema}
+    failed = 0
     with live.http() as http:
         while thread.is_alive():
             http.post("/v1/chat/completions", content=b"{")
-            http.post("/v1/chat/completions", json={**ASK, "logit_bias": {"-1": 2}})
+            is_error(http.post("/v1/chat/completions", json=stuck), 400, "generation_failed")
+            failed += bool(live.engine.active)
+    assert failed
     assert found == [alone]
 
 
@@ -300,13 +358,7 @@ def test_prompts_that_are_none(live: Live, body: dict[str, Any]) -> None:
 
 def test_what_still_runs_when_time_is_up_ends_in_good_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     closing = start(drain_seconds=0.5)
-    step = closing.engine.step
-
-    def later() -> Any:
-        time.sleep(0.05)
-        return step()
-
-    monkeypatch.setattr(closing.engine, "step", later)
+    closing.slowed(monkeypatch, 0.05)
     with closing.http() as http, http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as reply:
         lines = reply.iter_lines()
         next(lines)
@@ -331,7 +383,7 @@ def test_stopping_finishes_what_runs_and_refuses_what_comes(start: Start) -> Non
         thread.start()
         while not closing.engine.active:
             time.sleep(0.001)
-        closing.service.scheduler.draining = True
+        closing.service.scheduler.stop()
         is_error(http.post("/v1/chat/completions", json=ASK), 503, "stopping")
         assert http.get("/health/ready").status_code == 503
         assert http.get("/health/live").status_code == 200

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,8 +21,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve") / "log"
 
 
-@pytest.fixture(scope="module")
-def process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+@contextmanager
+def running(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server with a key from the environment: the process and its address."""
     port = free_port()
     server = spawn(folder, port, log, FUSIONROUTE_API_KEY="sesame")
@@ -34,9 +35,17 @@ def process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], 
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < until
             time.sleep(0.1)
-    yield server, url
-    server.kill()
-    server.wait()
+    try:
+        yield server, url
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with running(folder, log) as found:
+        yield found
 
 
 def test_the_text_is_that_of_generate(process: tuple, folder: Path, run: Callable) -> None:
@@ -61,6 +70,20 @@ def test_told_to_stop_it_stops_and_has_told_nothing(process: tuple, log: Path) -
     assert "secret" not in text
     assert "sesame" not in text
     assert "Traceback" not in text
+
+
+def test_told_to_stop_it_finishes_what_it_writes(folder: Path, tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 300, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": "Bearer sesame"}
+    with running(folder, tmp_path / "log") as (server, url):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=headers, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert server.wait(30) == 0
+    assert sum(len(c["fusionroute"]["tokens"]) for frame in frames for c in frame["choices"]) == 300
+    assert frames[-1]["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def test_logprobs_are_of_the_fused_distribution(client: openai.OpenAI, folder: A
     with torch.no_grad():
         logits = FusionRouteForCausalLM.from_pretrained(folder)(torch.tensor([ids + written])).logits[0]
     expected = logits.float().log_softmax(-1)[len(ids) - 1 :]
-    for row, token, found in zip(expected, written, reply.choices[0].logprobs.content, strict=False):
+    assert written
+    for row, token, found in zip(expected[:-1], written, reply.choices[0].logprobs.content, strict=True):
         assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert [each.logprob for each in found.top_logprobs] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
@@ -229,12 +230,22 @@ def test_a_bias_forces_a_token(client: openai.OpenAI, folder: Any) -> None:
 
 def test_penalties_forbid_what_was_written(client: openai.OpenAI, folder: Any) -> None:
     (token,) = load_tokenizer(folder)("A", add_special_tokens=False)["input_ids"]
-    settings: Any = {"messages": ASK, "max_tokens": 3, "temperature": 0, "logit_bias": {str(token): 100}}
-    free = client.chat.completions.create(model=NAME, **settings)
-    settings["logit_bias"] = {str(token): 1.0}
-    held = client.chat.completions.create(model=NAME, **settings, frequency_penalty=2.0, presence_penalty=2.0)
-    assert free.choices[0].message.content == "AAA"
-    assert held.choices[0].message.content.count("A") <= 1
+    (other,) = load_tokenizer(folder)("B", add_special_tokens=False)["input_ids"]
+
+    def written(**penalties: float) -> str:
+        reply = client.chat.completions.create(
+            model=NAME, messages=ASK, max_tokens=4, temperature=0, logit_bias=bias, **penalties
+        )
+        return reply.choices[0].message.content or ""
+
+    # Whatever the model thinks of them, A is worth one more than B, and both far more than the rest.
+    ids = encode_chat(load_tokenizer(folder), ASK)
+    with torch.no_grad():
+        logits = FusionRouteForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0, -1]
+    bias = {str(token): 90.0, str(other): 90.0 - 1.0 + float(logits[token] - logits[other])}
+    assert written() == "AAAA"
+    assert written(frequency_penalty=1.9).startswith("AB")
+    assert written(presence_penalty=1.9).startswith("AB")
 
 
 def test_the_vllm_extras(client: openai.OpenAI, live: Live) -> None:
@@ -255,6 +266,55 @@ def test_the_vllm_extras(client: openai.OpenAI, live: Live) -> None:
         model=NAME, messages=ASK, temperature=0, max_tokens=8, logit_bias=ends, extra_body={"ignore_eos": True}
     )
     assert (ignored.usage.completion_tokens, ignored.choices[0].finish_reason) == (8, "length")
+
+
+def test_a_stream_of_several_choices(client: openai.OpenAI) -> None:
+    settings: Any = {"model": NAME, "messages": ASK, "n": 3, "seed": 5, "max_tokens": 12, "stop": ["e"]}
+    whole = client.chat.completions.create(**settings)
+    texts, reasons = ["", "", ""], ["", "", ""]
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        for choice in chunk.choices:
+            assert "fusionroute" in (choice.model_extra or {})
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+
+
+def test_min_p_and_the_repetition_penalty(client: openai.OpenAI, folder: Any) -> None:
+    def written(**extra: float) -> str:
+        reply = client.chat.completions.create(
+            model=NAME, messages=ASK, max_tokens=8, temperature=3.0, seed=2, extra_body={"ignore_eos": True, **extra}
+        )
+        return reply.choices[0].message.content or ""
+
+    greedy = client.chat.completions.create(
+        model=NAME, messages=ASK, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert written() != greedy.choices[0].message.content
+    assert written(min_p=1.0) == greedy.choices[0].message.content
+    held = client.chat.completions.create(
+        model=NAME,
+        messages=ASK,
+        max_tokens=30,
+        temperature=0,
+        extra_body={"ignore_eos": True, "repetition_penalty": 1e6},
+    )
+    ids = [token["id"] for token in held.choices[0].model_extra["fusionroute"]["tokens"]]
+    assert len({*ids, *encode_chat(load_tokenizer(folder), ASK)}) == len(ids) + len(
+        set(encode_chat(load_tokenizer(folder), ASK))
+    )
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    for seed in range(4):
+        reply = client.chat.completions.create(
+            model=NAME, messages=ASK, response_format={"type": "json_object"}, seed=seed, max_tokens=400
+        )
+        if reply.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(reply.choices[0].message.content), dict)
+            return
+    pytest.fail("no object came to its end")
 
 
 def test_candidates_of_every_side(client: openai.OpenAI) -> None:
@@ -282,18 +342,20 @@ def test_a_conversation_is_read_once(live: Live) -> None:
     assert again.choices[0].message.content == second.choices[0].message.content
 
 
-def test_async_and_timeouts(live: Live, start: Start) -> None:
+def test_async_and_timeouts(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask(client: openai.AsyncOpenAI) -> Any:
-        return await client.chat.completions.create(model=NAME, messages=ASK, max_tokens=8)
+        return await client.chat.completions.create(
+            model=NAME, messages=ASK, max_tokens=8, extra_body={"ignore_eos": True}
+        )
 
     async def run() -> None:
         async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
-            assert (await ask(client)).usage.completion_tokens <= 8
-        async with openai.AsyncOpenAI(
-            base_url=f"{live.url}/v1", api_key="none", timeout=0.001, max_retries=0
-        ) as hurried:
+            assert (await ask(client)).usage.completion_tokens == 8
+        live.slowed(monkeypatch, 0.2)
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none", timeout=0.5, max_retries=0) as hurried:
             with pytest.raises(openai.APITimeoutError):
                 await ask(hurried)
+            assert live.engine.active
 
     asyncio.run(run())
     assert live.idle()
@@ -419,7 +481,7 @@ def test_a_forced_tool_is_called(calling: openai.OpenAI, choice: Any) -> None:
             assert json.loads(call.function.arguments)["a"] in (1, 2)
         chunks = list(calling.chat.completions.create(**settings, max_tokens=200, stream=True))
         (streamed,) = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
-        assert streamed.function == call.function or streamed.function.arguments == call.function.arguments
+        assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
         assert not "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
 

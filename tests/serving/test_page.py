@@ -162,6 +162,7 @@ def test_reload_during_a_stream(slow: Live, visit: Callable[..., Page]) -> None:
     page.reload()
     expect(page.locator("#status")).to_have_text(READY)
     assert page.locator(".t").count() >= 5
+    assert set(page.locator("#legend .share").all_text_contents()) != {"0 %"}
     assert slow.idle(3)
     ask(page, tokens=5)
     assert page.locator(".turn").count() == 2

@@ -143,6 +143,13 @@ class Collab:
         self.active.append(row)
         return row.number
 
+    def abandon(self) -> None:
+        """Drop every row, as after a step that failed."""
+        for row in self.active:
+            self.reward.forget(row.number)
+        self.active.clear()
+        self.members.reset()
+
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance every row by one token."""

@@ -88,6 +88,7 @@ class Engine:
         self.draft_cost = CostModel()  # of a pass in which the router drafts
         self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
         self.max_rows: int | None = None  # at once; None is as many as the budget holds
+        self.proposed = 0  # drafted tokens, since the start
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._numbers = 0
@@ -377,6 +378,7 @@ class Engine:
             event.tail = "" if row.text is None or row.text.stopped else row.text.flush()
             self._retire(row)
             return
+        self.proposed += len(block.drafts)
         if block.drafts:
             for acceptance in (row.acceptance, self.acceptance):
                 acceptance.add(block.kept, len(block.drafts))

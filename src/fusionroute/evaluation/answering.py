@@ -10,7 +10,7 @@ from fusionroute import collection as collections
 from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import Event, Request
-from fusionroute.errors import UsageError
+from fusionroute.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from fusionroute.modeling import FusionRouteForCausalLM
@@ -76,6 +76,7 @@ class Decoder(Protocol[R]):
 
     def submit(self, request: R) -> int: ...
     def step(self) -> list[Event]: ...
+    def abandon(self) -> None: ...
 
 
 def answer(engine: Decoder[R], wanted: Iterable[tuple[str, R]], batch: int) -> Iterator[tuple[str, Answer]]:
@@ -100,7 +101,15 @@ def answer(engine: Decoder[R], wanted: Iterable[tuple[str, R]], batch: int) -> I
         if not running:
             continue
         jobs, started = engine.members.jobs, time.perf_counter()
-        events = engine.step()
+        try:
+            events = engine.step()
+        except Exception as error:  # out of memory, for one: what ran is lost, and the others go on
+            engine.abandon()
+            for key, found in running.values():
+                found.error = f"{type(error).__name__}: {first_line(error)}"
+                yield key, found
+            running.clear()
+            continue
         seconds, jobs = time.perf_counter() - started, engine.members.jobs - jobs
         for event in events:
             key, found = running[event.row]

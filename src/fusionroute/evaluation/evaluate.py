@@ -23,7 +23,7 @@ from fusionroute.evaluation.generating import COLLAB_ROWS, answer_all, collab_al
 from fusionroute.evaluation.names import COLLAB, FINETUNED, OURS, SELECTION
 from fusionroute.evaluation.reward import RewardModel, describe
 from fusionroute.evaluation.store import Store, key_of
-from fusionroute.evaluation.systems import Sources, System, find, parse
+from fusionroute.evaluation.systems import NotGivenError, Sources, System, find, parse
 from fusionroute.files import write_json
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
     benchmarks = [load_task(name, wanted.data, limit=wanted.limit) for name in wanted.tasks]
     if {"mbpp", "humaneval"} & set(wanted.tasks):
         require_isolation(wanted.unsafe)
-    asked_for_all = "all" in ",".join(wanted.systems).split(",")
+    named = {name for entry in wanted.systems for name in entry.split(",")}
     systems: dict[str, System] = {}
     missing: dict[str, str] = {}
     for name in names:
@@ -103,8 +103,9 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
                 _reward_source(wanted, name)
             else:
                 systems[name] = find(name, sources)
-        except FusionRouteError as error:
-            if not asked_for_all:
+        except UsageError as error:
+            # Of what `all` means, a collection need not have everything, and not all experts can be merged.
+            if name in named or not (isinstance(error, NotGivenError) or name.startswith("merge:")):
                 raise
             missing[name] = str(error)
     rewarded = [name for name in names if name in REWARDED and name not in missing]
@@ -150,7 +151,12 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         "judge": None if judge is None else judging.describe(judge, against),
         "experts": config.expert_names,
         "tasks": {
-            task.name: {"settings": task.settings(), "primary": task.primary, "items": [item.id for item in task.items]}
+            task.name: {
+                "settings": task.settings(),
+                "primary": task.primary,
+                "items": [item.id for item in task.items],
+                "defects": {item.id: item.defect for item in task.items if item.defect},
+            }
             for task in benchmarks
         },
         "systems": {
@@ -246,7 +252,7 @@ def _contests(sides: dict[str, list[str | None]], against: str, answers: Store) 
 def _reward_source(wanted: Evaluation, system: str) -> str:
     source = reward_source(wanted.collection, wanted.base, wanted.reward)
     if source is None:
-        raise UsageError(f"{system} needs a reward model: give --reward SOURCE[+ADAPTER]")
+        raise NotGivenError(f"{system} needs a reward model: give --reward SOURCE[+ADAPTER]")
     return source
 
 

@@ -63,7 +63,7 @@ def answer_all(
             continue
         system = systems[name]
         if loaded is None or loaded[0] != system.folder:
-            loaded = None  # before the next, so that there is one at a time in memory
+            loaded = engine = None  # before the next, so that there is one at a time in memory
             loaded = (system.folder, *load_engine(system.folder, dtype, base))
         _, engine, tokenizer = loaded
         meter.title = name

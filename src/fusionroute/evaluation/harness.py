@@ -62,7 +62,11 @@ class FusionRouteLM(TemplateLM):
             base=base,
         )
         self.system = find(system, sources)
-        self.model = FusionRouteForCausalLM.from_pretrained(self.system.folder, dtype=dtype, device=device, base=base)
+        # What stands on no adapter has no base to replace.
+        adapted = any(spec.adapter for spec in collections.read_config(self.system.folder).member_specs)
+        self.model = FusionRouteForCausalLM.from_pretrained(
+            self.system.folder, dtype=dtype, device=device, base=base if adapted else None
+        )
         self.tokenizer = collections.load_tokenizer(self.system.folder)
         self.engine = Engine(self.model, self.tokenizer)
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)

@@ -9,9 +9,11 @@ from fusionroute.evaluation import page_forced
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.report import (
     average_rows,
+    beside,
     p_text,
     reward_notes,
     scored_tasks,
+    unscored_notes,
     win_rate_notes,
     win_rate_rows,
 )
@@ -71,6 +73,7 @@ def render(report: Mapping[str, Any], folder: Path) -> str:
         f"<p>{escape(plan['collection'].rsplit('/', 1)[-1])}, {_items(report)}.</p>",
         "<h2>Accuracy</h2>",
         _table(report),
+        _beside(report),
         *_drawn("Average over the benchmarks", average_rows(report)),
         *_drawn("Win rates", win_rate_rows(report), *win_rate_notes(report)),
         *_drawn("Average accuracy by α", _by_alpha(report)),
@@ -117,9 +120,17 @@ def _table(report: Mapping[str, Any]) -> str:
         "Accuracy over all items asked for with 95 % bootstrap intervals; differences paired, item by item; "
         "an item without a score counts as wrong, one without a verdict ½; in brackets how many."
     ]
-    notes += [escape(note) for note in reward_notes(report)]
+    notes += [escape(note) for note in unscored_notes(report) + reward_notes(report)]
     notes += [f"Not run: {escape(name)}: {escape(why)}." for name, why in report["not_run"].items()]
     return "\n".join(rows) + "</table></div><p class=small>" + "<br>".join(notes) + "</p>"
+
+
+def _beside(report: Mapping[str, Any]) -> str:
+    heads, *rows = beside(report)
+    lines = ["<details><summary>Other metrics, lengths</summary><div class=scroll><table><tr>"]
+    lines += [f"<th>{escape(head)}" for head in heads]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    return "".join(lines) + "</table></div></details>"
 
 
 def _accuracy(found: Mapping[str, Any]) -> str:

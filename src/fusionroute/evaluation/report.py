@@ -8,18 +8,19 @@ from typing import Any
 from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation import forced_figures, judging
 from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, ORACLE, OURS
-from fusionroute.evaluation.statistics import Estimate, difference_of, mean_of
+from fusionroute.evaluation.statistics import Estimate, difference_of, mean_of, proportion_of
 from fusionroute.evaluation.store import Store
 from fusionroute.files import read_json
 
-_NAMED = 10  # items without a verdict that a note names; the JSON names all
+_NAMED = 10  # items without a score or a verdict that a note names; the JSON names all
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The whole report.
 
     Returns:
-        `{"systems": {NAME: {"benchmarks": {TASK: {"accuracy", "low", "high", "n", "unscored", "other": {…}}},
+        `{"systems": {NAME: {"benchmarks": {TASK: {"accuracy", "low", "high", "n", "unscored", "reasons": {ITEM: why},
+        "metric", "other": {METRIC: mean}}},
         "average": {…}, "difference": {…}, "tokens_per_second", "passes_per_token", "mean_tokens", "cut_off",
         "routing": {TASK: {"shares", "switch_rate", "overruled_rate"}}, "win_rate": {"against", "judge", "rate", "low",
         "high", "n", "unscored", "reasons": {ITEM: why}}}}, "teacher_forced": {…}, "alpha_sweep": [{"alpha", "system",
@@ -56,6 +57,7 @@ def read(folder: Path) -> dict[str, Any]:
             vectors[name][task] = [_score(row, primary) for row in rows]
             others = {metric for row in rows if row for metric in row["scores"]} - {primary}
             entry["benchmarks"][task] = _benchmark(vectors[name][task]) | {
+                "reasons": _reasons(plan["tasks"][task], cell, rows, answers),
                 "metric": primary,
                 "other": {m: _benchmark([_score(row, m) for row in rows])["accuracy"] for m in sorted(others)},
             }
@@ -105,8 +107,8 @@ def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str
 def unscored(report: dict[str, Any]) -> int:
     """Items without a score or a verdict, over all systems."""
     figures = [[*entry["benchmarks"].values(), entry.get("win_rate")] for entry in report["systems"].values()]
-    judged = report["settings"]["judge"] is not None  # a verdict that is missing counts the answer that is
-    lost = [] if judged else [entry.get("unanswered", {}) for entry in report["systems"].values()]
+    # Where there is a win rate, a verdict that is missing counts the answer that is.
+    lost = [e.get("unanswered", {}) for e in report["systems"].values() if "win_rate" not in e]
     return sum(found["unscored"] for each in figures for found in each if found) + sum(sum(e.values()) for e in lost)
 
 
@@ -131,6 +133,24 @@ def _score(row: dict[str, Any] | None, metric: str) -> float | None:
     return None if row is None or row["unscored"] is not None else row["scores"].get(metric)
 
 
+def _reasons(
+    task: Mapping[str, Any], cell: Mapping[str, Any], rows: list[dict[str, Any] | None], answers: Store
+) -> dict[str, str]:
+    """Of the items without a score: why."""
+    found = {}
+    for item, key, row in zip(task["items"], cell["answers"], rows, strict=False):  # Collab answers fewer
+        if row is not None and row["unscored"] is None:
+            continue
+        given = None if key is None else answers.get(key)
+        if key is None:
+            found[item] = f"defective row: {task['defects'].get(item, 'it cannot be asked')}"
+        elif given is None:
+            found[item] = "not answered"
+        else:
+            found[item] = given["error"] or ("not scored" if row is None else row["unscored"])
+    return found
+
+
 def _best(scores: tuple[float | None, ...]) -> float | None:
     known = [score for score in scores if score is not None]
     return max(known) if known else None
@@ -141,7 +161,7 @@ def _filled(vectors: dict[str, list[float | None]]) -> list[list[float]]:
 
 
 def _benchmark(vector: list[float | None]) -> dict[str, Any]:
-    found = mean_of([[score or 0.0 for score in vector]])
+    found = proportion_of([score or 0.0 for score in vector])
     return _as_dict(found) | {"unscored": sum(score is None for score in vector)}
 
 
@@ -252,8 +272,11 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"{missing} items have no score and count as wrong, or no verdict and count ½; in brackets how many."
         )
-    lines += win_rate_notes(report) + reward_notes(report)
+    lines += unscored_notes(report) + win_rate_notes(report) + reward_notes(report)
     lines += [f"Not run: {name}: {why}." for name, why in report["not_run"].items()]
+    heads, *rows = beside(report)
+    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     routed = {name: entry for name, entry in report["systems"].items() if entry["routing"]}
     if routed:
         experts = list(next(iter(next(iter(routed.values()))["routing"].values()))["shares"])
@@ -291,7 +314,7 @@ def reward_notes(report: Mapping[str, Any]) -> list[str]:
             )
     for name, entry in report["systems"].items():
         lost = {task: count for task, count in entry.get("unanswered", {}).items() if count}
-        if lost and report["settings"]["judge"] is None:
+        if lost and "win_rate" not in entry:
             notes += [f"{name} has no answer to {count} items of {task}." for task, count in lost.items()]
     return notes
 
@@ -308,13 +331,47 @@ def win_rate_notes(report: Mapping[str, Any]) -> list[str]:
     if FINETUNED not in report["systems"]:
         notes.append(f"The paper's win rates are against {FINETUNED}, which was not run.")
     for name, entry in report["systems"].items():
-        by_reason: dict[str, list[str]] = {}
-        for item, why in entry.get("win_rate", {}).get("reasons", {}).items():
-            by_reason.setdefault(why, []).append(item)
-        for why, items in by_reason.items():
-            more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-            notes.append(f"No verdict for {name}, items {', '.join(items[:_NAMED])}{more}: {why}.")
+        reasons = entry.get("win_rate", {}).get("reasons", {})
+        notes += [f"No verdict for {name}, {each}." for each in _named(reasons)]
     return notes
+
+
+def _named(reasons: Mapping[str, str]) -> list[str]:
+    """Items by reason, a text for each."""
+    by_reason: dict[str, list[str]] = {}
+    for item, why in reasons.items():
+        by_reason.setdefault(why, []).append(item)
+    return [
+        f"items {', '.join(items[:_NAMED])}{f' and {len(items) - _NAMED} more' if len(items) > _NAMED else ''}: {why}"
+        for why, items in by_reason.items()
+    ]
+
+
+def unscored_notes(report: Mapping[str, Any]) -> list[str]:
+    """Which items have no score, and why."""
+    return [
+        f"No score for {name} on {task}, {each}."
+        for name, entry in report["systems"].items()
+        for task, found in entry["benchmarks"].items()
+        for each in _named(found.get("reasons", {}))
+    ]
+
+
+def beside(report: Mapping[str, Any]) -> list[list[str]]:
+    """What the table leaves out, heads first: every other metric, answers cut off and their length."""
+    tasks = scored_tasks(report)
+    metrics: dict[str, list[str]] = {}
+    for task in tasks:
+        others = [entry["benchmarks"].get(task, {}).get("other", ()) for entry in report["systems"].values()]
+        metrics[task] = sorted({metric for each in others for metric in each})
+    rows = [["system", *(f"{task} {m}" for task in tasks for m in metrics[task]), "cut off", "tokens/answer"]]
+    for name, entry in report["systems"].items():
+        if "cut_off" not in entry:
+            continue
+        cells = [entry["benchmarks"][task]["other"].get(m) for task in tasks for m in metrics[task]]
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in cells)])
+        rows[-1] += [f"{entry['cut_off']:.0%}", f"{entry['mean_tokens']:.0f}"]
+    return rows
 
 
 def p_text(value: float) -> str:

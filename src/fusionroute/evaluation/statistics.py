@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 DRAWS = 10_000
+_Z = 1.959964  # of a normal distribution, 95 % within
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ def mean_of(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
     low, high = np.quantile(draws / len(filled), (0.025, 0.975))
     mean = sum(group.mean() for group in filled) / len(filled)
     return Estimate(float(mean), float(low), float(high), sum(map(len, filled)))
+
+
+def proportion_of(scores: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of scores from 0 to 1, as `mean_of` gives it; Wilson's interval where all are 0 or all are 1, of which
+    every draw is the same."""
+    found = mean_of([scores], seed)
+    if found.mean not in (0.0, 1.0):
+        return found
+    open_end = _Z**2 / (found.n + _Z**2)
+    return replace(found, high=open_end) if found.mean == 0 else replace(found, low=1 - open_end)
 
 
 def difference_of(groups: Sequence[Sequence[float]], others: Sequence[Sequence[float]], seed: int = 0) -> Estimate:

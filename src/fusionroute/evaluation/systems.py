@@ -31,6 +31,10 @@ TEXT_FILES = (
 )
 
 
+class NotGivenError(UsageError):
+    """A system's weights are neither given nor carried by the collection: `all` leaves it out and says so."""
+
+
 @dataclass(frozen=True)
 class System:
     """One row of the table.
@@ -149,7 +153,7 @@ def find(name: str, sources: Sources) -> System:
     if name in ("sft-only", "no-complement"):
         folder = sources.sft or _carried(sources, "sft")
         if folder is None:
-            raise UsageError(f"{name} needs the collection after phase 1: give --sft")
+            raise NotGivenError(f"{name} needs the collection after phase 1: give --sft")
         return System(name, folder, {} if name == "sft-only" else {"alpha": 0.0}, routed=True)
     if name == FINETUNED:
         if sources.finetuned is not None:
@@ -161,7 +165,9 @@ def find(name: str, sources: Sources) -> System:
         else:
             folder = _carried(sources, "finetuned")
         if folder is None:
-            raise UsageError("finetuned needs a model trained on the router's data: give --finetuned SOURCE[+ADAPTER]")
+            raise NotGivenError(
+                "finetuned needs a model trained on the router's data: give --finetuned SOURCE[+ADAPTER]"
+            )
         return System(name, folder, {"expert": ROUTER})
     raise UsageError(f"no system {name!r}: there are {', '.join(every_name(config))}, {ALPHA}VALUE")
 
@@ -182,6 +188,7 @@ def _merged(method: str, sources: Sources) -> Path:
     settings = MergeSettings.of(method)
     config = collections.read_config(sources.collection)
     made_of = [[spec.source, spec.digest, spec.adapter_digest] for spec in members_on(config, sources.base)]
+    made_of.append([_text_digest(sources.collection)])
     model = sources.work / f"merge-{method}-{_key([made_of, sources.base, vars(settings)])}"
     if not model.exists():
         merge_collection(sources.collection, settings, model, base=sources.base)

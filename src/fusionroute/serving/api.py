@@ -64,6 +64,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     # Tokenizers are not made for several threads.
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    reading: int = 0  # requests that wait for it
 
     @property
     def experts(self) -> list[str]:
@@ -72,7 +73,13 @@ class Service:
     async def asked(self, understand: Callable[[Any], Asked], body: Any) -> Asked:
         if self.log_prompts:
             log.info("asked: %s", body.model_dump_json(exclude_none=True))
-        return await asyncio.get_running_loop().run_in_executor(self.reader, understand, body)
+        # Before the reading, which is work too: a request that will be refused should cost nothing.
+        self.scheduler.refuse(self.reading + 1)
+        self.reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.reader, understand, body)
+        finally:
+            self.reading -= 1
 
 
 def create_app(
@@ -291,9 +298,12 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    message = {404: "there is nothing here", 405: f"{request.method} is not for this address"}.get(error.status_code)
-    refusal = ApiError(error.status_code, message or str(error.detail), code="not_found", headers=error.headers)
-    return await _refused(request, refusal)
+    known = {
+        404: ("there is nothing here", "not_found"),
+        405: (f"{request.method} is not for this address", "method_not_allowed"),
+    }
+    message, code = known.get(error.status_code, (str(error.detail), "invalid_request"))
+    return await _refused(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
 
 def _health(well: bool) -> Response:

@@ -66,6 +66,7 @@ class Asking:
     ) -> None:
         self.name, self.config, self.tokenizer, self.limits, self.defaults = name, config, tokenizer, limits, defaults
         self.ends = sorted(ends)
+        self._longest = max(map(len, tokenizer.get_vocab()))  # characters of a token, at the most
         self._grammars: Grammars | None = None
 
     @property
@@ -81,12 +82,16 @@ class Asking:
             ApiError: what the body asks for cannot be done here.
         """
         self._check_count(1, body.n)
+        self._check_length(sum(len(message.text) for message in body.messages), "messages")
         wanted = body.tools if body.tools and body.tool_choice != "none" else None
-        if wanted and not tools.known(self.tokenizer.chat_template):
+        if not body.tools and body.tool_choice not in (None, "auto", "none"):
+            raise ApiError(400, "tool_choice asks for a call and there are no tools", "tool_choice")
+        called = any(message.tool_calls or message.role == "tool" for message in body.messages)
+        if (wanted or called) and not tools.known(self.tokenizer.chat_template):
             raise ApiError(
                 400,
-                "this collection's chat template has no form for tools that is known here; leave tools out",
-                "tools",
+                "this collection's chat template has no form for tools that is known here; leave tools and calls out",
+                "tools" if wanted else "messages",
                 "tools_unsupported",
             )
         try:
@@ -134,6 +139,7 @@ class Asking:
         self._check_count(len(body.prompts), body.n)
         prompts = []
         for prompt in body.prompts:
+            self._check_length(len(prompt) if isinstance(prompt, str) else 0, "prompt")
             try:
                 ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
             except _UNREADABLE as error:
@@ -146,6 +152,15 @@ class Asking:
             prompts.append(ids)
         asked = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         return self._rows(body, prompts, asked, body.logprobs, None, fields=("prompt", "max_tokens"))
+
+    def _check_length(self, characters: int, field: str) -> None:
+        """Refuse a text that is surely too long, whose tokens would take long to find."""
+        most = self.config.max_position_embeddings * self._longest
+        if characters > most:
+            message = (
+                f"the prompt has {characters} characters, more than any {self.config.max_position_embeddings} tokens"
+            )
+            raise ApiError(400, f"{message}: shorten it", field, "context_length_exceeded")
 
     def _check_count(self, prompts: int, n: int | None) -> None:
         most = self.limits.rows + self.limits.waiting

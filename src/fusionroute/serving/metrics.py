@@ -21,12 +21,14 @@ class Metrics:
         self.waiting = Gauge("rows_waiting", "Rows that wait for room", **of)
         self.open = Gauge("rows_open", "Rows that somebody waits for an answer of", **of)
         self.ended = Counter("rows_ended", "Rows that have ended", ["finish"], **of)
+        self.refused = Counter("requests_refused", "Requests refused because too many rows are open", **of)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **of)
         self.reused_tokens = Counter("prompt_tokens_reused", "Tokens of prompts that were read for earlier rows", **of)
         self.tokens = Counter("tokens", "Tokens written", ["expert"], **of)
         self.switches = Counter("switches", "Tokens whose expert is not the last token's", **of)
         self.overruled = Counter("tokens_overruled", "Tokens at which the router overruled the expert", **of)
         self.drafted = Counter("tokens_drafted", "Tokens that a drafter had right", **of)
+        self.proposed = Counter("tokens_proposed", "Tokens that a drafter proposed", **of)
         self.first = Histogram("time_to_first_token_seconds", "From the request, queue included", buckets=_TIMES, **of)
         self.between = Histogram("time_per_token_seconds", "From token to token of a row", buckets=_TIMES, **of)
         self.step = Histogram("step_seconds", "A step of the engine", buckets=_TIMES, **of)
@@ -34,7 +36,7 @@ class Metrics:
         self.kept = Gauge("kv_kept_bytes", "Keys and values kept for rows to come", **of)
         self.budget = Gauge("kv_budget_bytes", "What keys and values may take", **of)
         self._last: dict[int, tuple[str, float]] = {}  # of each row: its last token's expert, and when it was written
-        self._reused = 0
+        self._reused = self._proposed = 0
 
     def stepped(self, event: "Event", asked: float, now: float) -> None:
         """A row's part of a step that ended `now`, asked for at `asked` (seconds of the monotonic clock)."""
@@ -70,6 +72,8 @@ class Metrics:
         self.waiting.set(len(engine.waiting))
         self.kv.set(engine.members.allocated)
         self.budget.set(engine.kv_budget)
+        self.proposed.inc(engine.proposed - self._proposed)
+        self._proposed = engine.proposed
         if engine.prefixes is not None:
             self.kept.set(engine.prefixes.nbytes)
             self.reused_tokens.inc(engine.prefixes.spared - self._reused)

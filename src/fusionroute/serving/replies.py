@@ -78,8 +78,14 @@ class Replies:
 
     def first(self) -> dict[str, Any]:
         """The chunk that opens a stream of a chat: every choice's role."""
-        choices = [
-            {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        choices: list[dict[str, Any]] = [
+            {
+                "index": i,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+                "fusionroute": {"tokens": []},
+            }
             for i in range(len(self.choices))
         ]
         return self._chunk(choices)

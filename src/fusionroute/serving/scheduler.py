@@ -71,7 +71,7 @@ class Scheduler:
             ApiError: 429 while too many rows wait, 503 while the server stops, 504 when time is up, 400 for a request
                 that can never run, 500 when the engine fails.
         """
-        self._refuse(len(requests))
+        self.refuse(len(requests))
         ticket = Ticket(len(requests))
         self._count(ticket.rows)
         self._command(lambda: self._submit(ticket, requests))
@@ -97,7 +97,7 @@ class Scheduler:
         Raises:
             ApiError: as `answer`.
         """
-        self._refuse(1)
+        self.refuse(1)
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         late = ApiError(504, f"no answer within {self.limits.seconds:g} seconds", code="timeout")
         timer = loop.call_later(self.limits.seconds, _settle, future, None, late)
@@ -121,13 +121,19 @@ class Scheduler:
             timer.cancel()
             self._count(-1)
 
-    def _refuse(self, rows: int) -> None:
+    def refuse(self, rows: int) -> None:
+        """Take in no so many rows more.
+
+        Raises:
+            ApiError: 429 where too many are open, 503 where the server stops.
+        """
         if not self.alive:
             raise ApiError(503, "the engine has ended", code="unavailable")
         if self.draining:
             raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
         most = self.limits.rows + self.limits.waiting
         if self._open + rows > most:
+            self.metrics.refused.inc()
             raise ApiError(
                 429,
                 f"{self._open} answers run or wait and {most} may: try again later",
@@ -195,8 +201,10 @@ class Scheduler:
                 self._tickets[number] = ticket, index
                 self.metrics.prompt_tokens.inc(len(request.prompt))
         except UsageError as error:
-            self._cancel(ticket)
-            self._send({ticket: [ApiError(400, str(error), code="invalid_request")]})
+            self._fail({ticket}, ApiError(400, str(error), code="invalid_request"))
+        except Exception as error:
+            self._tell("a request could not be queued", error)
+            self._fail({ticket}, _failed())
 
     def _cancel(self, ticket: Ticket) -> None:
         for number in ticket.numbers:
@@ -209,7 +217,7 @@ class Scheduler:
         started = time.monotonic()
         try:
             events = self.engine.step()
-        except Exception as error:
+        except BaseException as error:  # a panic of an extension is none of Exception's; nothing else ends this thread
             self._tell("a step failed, and what ran is given up", error)
             self._give_up()
             return

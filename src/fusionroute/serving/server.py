@@ -1,5 +1,6 @@
 """A collection behind the routes, listening: what `fusionroute serve` runs."""
 
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,11 +88,18 @@ def _load_engine(folder: Path, dtype: str | None, base: str | None, kv_budget: i
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it is told to stop."""
+    """uvicorn's, which says where it listens and when it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None], name: str) -> None:
         super().__init__(config)
-        self.stopping = stopping
+        self.stopping, self.name = stopping, name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in (each for server in self.servers for each in server.sockets):
+            host, port = listening.getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"{self.name}: {url}/ (the page), {url}/v1 (for clients)", file=sys.stderr)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first time in good order, which is no failure; the second time at once."""
@@ -124,8 +132,7 @@ def serve(
         server_header=False,
     )
 
-    print(f"{service.name}: http://{host}:{port}/ (the page), http://{host}:{port}/v1 (for clients)", file=sys.stderr)
-    Server(config, service.scheduler.stop).run()
+    Server(config, service.scheduler.stop, service.name).run()
 
 
 def _logging() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Limits of a server; `fusionroute serve --help` has them as options."""
+"""Limits of a server; `fusionroute serve` has options for those that depend on whom it serves."""
 
 from dataclasses import dataclass
 

@@ -145,7 +145,7 @@ function restore() {
   try {
     turns = JSON.parse(sessionStorage.getItem(KEPT) ?? "[]");
   } catch {
-    return;
+    // What cannot be read was not kept by this page.
   }
   for (const turn of turns) {
     const place = showTurn(turn);
@@ -154,11 +154,13 @@ function restore() {
       const view = new AnswerView(answer.title, state.marks, showToken);
       place.append(view.root);
       view.add(answer.tokens);
+      view.tail(answer.text.slice(answer.tokens.map((t) => t.text).join("").length));
       if (!answer.ended) answer.note = "broken off by a reload";
       answer.ended = true;
       view.end(answer.note);
     }
   }
+  drawLegend(turns.at(-1)?.answers[0]?.tokens ?? []);
 }
 
 function clear() {
@@ -224,7 +226,6 @@ async function start() {
   at("alpha").value = state.about.alpha;
   at("alpha-value").textContent = state.about.alpha;
   fillPolicies();
-  drawLegend([]);
   restore();
   busy(false);
   at("ask").addEventListener("submit", ask);

@@ -98,8 +98,8 @@ async def frames(client: httpx.AsyncClient, asked: dict[str, Any]) -> AsyncItera
                 yield json.loads(line[6:])
 
 
-def overhead(collection: str | None, rounds: int, tokens: int) -> dict[str, Any]:
-    """Tokens per second of 1, 2 and 16 clients to the engine's at that batch, and of the slowest client to a row's."""
+def overhead(collection: str | None, rounds: int, tokens: int, crowds: list[int]) -> dict[str, Any]:
+    """Tokens per second of so many clients to the engine's at that batch, and of the slowest client to a row's."""
     from fusionroute import Request, encode_chat
     from fusionroute.serving.server import make_service
     from fusionroute.serving.settings import Limits
@@ -108,7 +108,7 @@ def overhead(collection: str | None, rounds: int, tokens: int) -> dict[str, Any]
     engine, tokenizer = service.scheduler.engine, service.asking.tokenizer
     generator, found = random.Random(0), {}
     with serving(collection) as (url, _):
-        for clients in (1, 2, 16):
+        for clients in crowds:
             ratios, slowest, speeds = [], [], []
             for number in range(rounds + 1):
                 prompts = [question(generator) for _ in range(clients)]
@@ -159,7 +159,7 @@ def reuse(collection: str | None, rounds: int) -> dict[str, Any]:
     generator, ratios, times = random.Random(1), [], []
     with serving(collection) as (url, _):
         for _ in range(rounds):
-            messages = [{"role": "user", "content": question(generator, 900)}]
+            messages = [{"role": "user", "content": question(generator, 950)}]
             fresh, text = asyncio.run(first_token(url, messages))
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
             again, _ = asyncio.run(first_token(url, messages))
@@ -275,17 +275,17 @@ def main() -> None:
     parser.add_argument("what", choices=["overhead", "reuse", "load"])
     parser.add_argument("--collection")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=int, nargs="+", help="of `overhead` 1 2 16, of `load` 64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     given = parser.parse_args()
     before = os.getloadavg()[0]
     if given.what == "overhead":
-        found = overhead(given.collection, given.rounds, given.tokens)
+        found = overhead(given.collection, given.rounds, given.tokens, given.clients or [1, 2, 16])
     elif given.what == "reuse":
         found = reuse(given.collection, given.rounds)
     else:
-        found = load(given.collection, given.minutes, given.clients)
+        found = load(given.collection, given.minutes, (given.clients or [64])[0])
     print(json.dumps({"what": given.what, "load_before": before, **found}))
     if given.what == "load" and (found["failed"] or found["rows_left"] or found["kv_bytes_left"]):
         raise SystemExit(1)

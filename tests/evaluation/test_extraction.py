@@ -128,6 +128,9 @@ def test_no_text_breaks_the_extraction_of_programs(text: str) -> None:
         (f"```python\n{CODE}\n\ndef g(x", f"```python\n{CODE}\n\ndef g(x", CODE + "\n"),
         (f"Sure:\n\n{CODE}\n\nNote: this\nadds one.", f"Sure:\n\n{CODE}\n\nNote: this\nadds one.", CODE),
         (f"import os\n{CODE}\n\nDone", f"import os\n{CODE}\n\nDone", f"import os\n{CODE}\n"),
+        (f"{CODE}\n```\n\nThis function adds one.", CODE, CODE),
+        (f"Sure:\n{CODE}\n```", CODE, CODE),
+        (f"import it.\n```\n{CODE}\n```", CODE, CODE),
         ("I do not know.", "I do not know.", "I do not know."),
     ],
 )

@@ -169,6 +169,11 @@ def math_verdict(wanted: str, answer: str) -> tuple[float, float]:
         (r"\text{east}", r"\boxed{west}", (0.0, 0.0)),
         ("12", r"\boxed{13}, not 12", (0.0, 0.0)),
         ("12", r"\boxed{}", (0.0, 0.0)),
+        (r"2\sqrt{5}", "So 2 and 5.\n#### 2\\sqrt{5}", (0.0, 1.0)),
+        (r"2\sqrt{5}", "So:\n#### $2\\sqrt{5}$", (0.0, 1.0)),
+        (r"2\sqrt{5}", "So:\n#### 2\\sqrt{6}", (0.0, 0.0)),
+        ("(3,4)", "So:\n#### (3, 4)\nDone.", (0.0, 1.0)),
+        ("12", "\\boxed{13}\n#### 12", (0.0, 0.0)),
     ],
 )
 def test_expressions_are_compared_by_meaning(wanted: str, answer: str, verdict: tuple[float, float]) -> None:

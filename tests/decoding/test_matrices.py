@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusionroute.decoding.matrices import FEWEST, Matrix
+from fusionroute.decoding.matrices import FEWEST, Matrix, filled
 
-sizes = st.integers(1, 3 * FEWEST)
+sizes = st.integers(1, 40)
 
 
 @given(rows=sizes, out=st.integers(1, 70), width=st.integers(1, 70), biased=st.booleans())
@@ -18,6 +18,16 @@ def test_blocks_give_what_rows_give(rows: int, out: int, width: int, biased: boo
     torch.testing.assert_close(fast(x), plain(x), atol=1e-4, rtol=1e-4)
     if not biased:
         torch.testing.assert_close(fast.add_to(y, x), plain.add_to(y, x), atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(1, 100_000))
+def test_a_product_is_filled_up_by_little(count: int) -> None:
+    assert max(count, FEWEST) <= filled(count) <= max(count * 9 / 8, FEWEST)
+    assert filled(filled(count)) == filled(count)
+
+
+def test_there_are_few_sizes() -> None:
+    assert len({filled(count) for count in range(1, 8193)}) < 100
 
 
 @given(rows=sizes)

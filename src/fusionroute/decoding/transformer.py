@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusionroute.decoding.cache import KVCache
-from fusionroute.decoding.matrices import FEWEST
+from fusionroute.decoding.matrices import filled
 from fusionroute.decoding.products import Lanes, Product, UnsupportedError, share_masks
 
 
@@ -136,7 +136,7 @@ class Transformer:
         self.layers = [self._layer(layer, lanes, merge=merge, blocks=blocks) for layer in self.model.layers]
         share_masks([product for layer in self.layers for product in layer[:4]])
         self.adapted = [lane is not None and not merge for lane in lanes]
-        self.fewest = FEWEST if self.layers[0].qkv.all.blocks else 1
+        self.blocks = self.layers[0].qkv.all.blocks
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
 
     @property
@@ -196,10 +196,10 @@ class Transformer:
     def _index(self, packed: Sequence[Span]) -> tuple[Tensor, Tensor, Lanes | None]:
         """Of every token: its id, its position, and its lane if any lane has an adapter.
 
-        Filled up to as many tokens as a product takes gladly.
+        Filled up to as many tokens as a product in blocks takes gladly.
         """
         ids = [token for span in packed for token in span.ids]
-        spare = [0] * (self.fewest - len(ids))
+        spare = [0] * (filled(len(ids)) - len(ids) if self.blocks else 0)
         lanes = None
         if any(self.adapted[span.lane] for span in packed):
             of = [span.lane for span in packed for _ in span.ids] + spare

@@ -107,8 +107,8 @@ def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str
 def unscored(report: dict[str, Any]) -> int:
     """Items without a score or a verdict, over all systems."""
     figures = [[*entry["benchmarks"].values(), entry.get("win_rate")] for entry in report["systems"].values()]
-    # Where there is a win rate, a verdict that is missing counts the answer that is.
-    lost = [e.get("unanswered", {}) for e in report["systems"].values() if "win_rate" not in e]
+    # Where anything is judged, a verdict that is missing counts the answer that is.
+    lost = [] if win_rate_rows(report) else [entry.get("unanswered", {}) for entry in report["systems"].values()]
     return sum(found["unscored"] for each in figures for found in each if found) + sum(sum(e.values()) for e in lost)
 
 
@@ -314,7 +314,7 @@ def reward_notes(report: Mapping[str, Any]) -> list[str]:
             )
     for name, entry in report["systems"].items():
         lost = {task: count for task, count in entry.get("unanswered", {}).items() if count}
-        if lost and "win_rate" not in entry:
+        if lost and not win_rate_rows(report):
             notes += [f"{name} has no answer to {count} items of {task}." for task, count in lost.items()]
     return notes
 

@@ -155,6 +155,13 @@ def test_a_mask_that_allows_nothing_is_an_error_of_its_row(collection: Collectio
     assert isinstance(answer.error, UsageError)
 
 
+def test_drafts_of_the_step_that_ends_a_row_count_as_proposed(collection: Collection) -> None:
+    engine = Engine(collection("llama"), drafter=PromptLookup(2, 1))
+    # One token alone is allowed: whatever is drafted is right.
+    (answer,) = engine.generate([Request(PROMPT, 40, Sampling(mask=lambda ids: [5]))])
+    assert engine.proposed >= sum(token.drafted for token in answer.tokens) > 0
+
+
 def test_a_stream_that_is_left_frees_its_row(collection: Collection) -> None:
     engine = Engine(collection("llama"))
     stream = engine.stream(Request(PROMPT, LONGEST))

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.serving.conftest import NAME, Live, Start
 
+from fusionroute.decoding.text import TextPieces
+
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "How many cows?"}]}
 LONG = {**ASK, "max_tokens": 400, "ignore_eos": True}
 
@@ -38,6 +40,15 @@ def test_a_stream_ends_as_the_protocol_has_it(live: Live) -> None:
     frames = text.split("\n\n")
     assert frames[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(frame.removeprefix("data: "))["object"] == "chat.completion.chunk" for frame in frames[:-2])
+
+
+def test_line_ends_of_unicode_do_not_cut_an_event(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    monkeypatch.setattr(TextPieces, "push", lambda *_, **__: ends)
+    body = {**ASK, "max_tokens": 2, "stream": True}
+    with live.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        events = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]) == ends * 2
 
 
 @pytest.mark.parametrize("stream", [True, False])

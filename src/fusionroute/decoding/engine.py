@@ -374,11 +374,11 @@ class Engine:
             event.finish, event.error = "error", block.failure
         tokens = [token.id for token in event.tokens]
         row.ids += tokens
+        self.proposed += len(block.drafts)
         if event.finish is not None:
             event.tail = "" if row.text is None or row.text.stopped else row.text.flush()
             self._retire(row)
             return
-        self.proposed += len(block.drafts)
         if block.drafts:
             for acceptance in (row.acceptance, self.acceptance):
                 acceptance.add(block.kept, len(block.drafts))

@@ -276,7 +276,8 @@ def _frame(body: dict[str, Any]) -> str:
 
 
 def _dump(body: dict[str, Any]) -> str:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    # In ASCII: clients that split a stream at every line end Unicode has would cut an event at U+0085 or U+2028.
+    return json.dumps(body, separators=(",", ":"))
 
 
 def _json(body: dict[str, Any]) -> Response:

@@ -255,6 +255,22 @@ def test_trials_lose_no_more_than_the_budget(costs: list[float], rows: int) -> N
     assert spent <= 3000 * min(costs) * 1.025 + 4 * sum(costs)
 
 
+@given(st.integers(1, 16), st.floats(0.001, 100), st.floats(1.05, 2))
+def test_what_a_trial_needs_first_counts_as_its_cost(rows: int, toll: float, dearer: float) -> None:
+    modes = FastestMode(["a", "b"], budget=0.02)
+    cost, spent, last = {"a": 1.0, "b": dearer}, 0.0, "a"
+    for step in range(3000):
+        mode = modes.current(rows)
+        if (last, mode) == ("a", "b"):
+            modes.toll(rows, toll * rows)
+            spent += toll * rows * (step > 8)
+        modes.add(mode, rows, rows, cost[mode] * rows)
+        spent += (cost[mode] - 1) * rows
+        last = mode
+    # The budget, the first trial, and the one that was due when time ran out.
+    assert spent <= 0.025 * 3000 * rows + toll * rows + 8 * (dearer - 1) * rows
+
+
 def test_seconds_a_token_count_not_seconds_a_step() -> None:
     modes = FastestMode(["few", "many"], trial=6)
     for _ in range(12):

@@ -156,6 +156,26 @@ def test_regenerated_answers_are_the_same(folder: Path, tmp_path: Path) -> None:
     assert answers_in(tmp_path / "one") == answers_in(tmp_path / "two") == answers_in(tmp_path / "three")
 
 
+@pytest.mark.parametrize(
+    ("system", "kind", "more"), [("query-level", "fixed", 0), ("query-level-no-complement", "expert", 1)]
+)
+def test_one_decision_per_prompt_shares_the_chosen_experts_answer(
+    system: str, kind: str, more: int, folder: Path, tmp_path: Path
+) -> None:
+    experts = [f"{kind}:{name}" for name in read_config(folder).expert_names]
+    evaluate(small(folder, tmp_path / "alone", systems=[system], batch=1))
+    evaluate(small(folder, tmp_path / "beside", systems=[system, *experts], batch=1))
+    alone, rows = (Store(tmp_path / name / "answers.jsonl").rows for name in ("alone", "beside"))
+    assert {key: rows[key]["pieces"] for key in alone} == {key: row["pieces"] for key, row in alone.items()}
+    for key, row in alone.items():
+        (twin,) = [
+            each
+            for each in rows.values()
+            if each["system"] == f"{kind}:{row['pieces'][0][0]}" and each["item"] == row["item"]
+        ]
+        assert rows[key]["passes"] == twin["passes"] + more
+
+
 def test_more_items_keep_those_that_are_there(folder: Path, tmp_path: Path) -> None:
     evaluate(small(folder, tmp_path, limit=1))
     before = (tmp_path / "answers.jsonl").read_text()

@@ -225,6 +225,7 @@ class Engine:
         began = time.perf_counter()
         drafts = self._drafts(mode) if drafting else [([], [])] * len(self.active)
         blocks = [row.pending or Block(row, *drafted) for row, drafted in zip(self.active, drafts, strict=True)]
+        behind, read = self._behind(blocks, mode), sum(self.members.tokens)
         started = time.perf_counter()
         undone = blocks
         while undone:
@@ -238,11 +239,13 @@ class Engine:
             block.row.pending = None if block.done else block
             if block.done:
                 self._settle(block)
+        ended = time.perf_counter()
+        late = (ended - started) * behind / (sum(self.members.tokens) - read)
+        self.modes.toll(len(blocks), late)
         # A prefill says nothing of what a step costs.
         if self.members.visits == visits and not prompts:
-            ended = time.perf_counter()
             tokens = sum(len(block.event.tokens) for block in blocks if block.done)
-            self.modes.add((mode, drafting), len(blocks), tokens, ended - began)
+            self.modes.add((mode, drafting), len(blocks), tokens, ended - began - late)
             self.costs[mode].add(len(blocks), sum(len(drafted) for drafted, _ in drafts), ended - started)
         return [block.event if block.done else Event(block.row.number) for block in blocks]
 
@@ -310,6 +313,15 @@ class Engine:
         elif mode == "predicted" and row.last_route in self.beside:
             experts = [row.last_route]
         return [(expert, 0, block.count - 1) for expert in experts]
+
+    def _behind(self, blocks: Sequence[Block], mode: str) -> int:
+        """Tokens that guessed experts have missed of rows that have begun to write: what `mode` asks for first."""
+        return sum(
+            block.first - 1 - self.members.seen(expert + 1, block.row.number)
+            for block in blocks
+            if block.row.new and not block.begun
+            for expert, *_ in self._guesses(block, mode)
+        )
 
     def _chosen(self, block: Block) -> list[tuple[int, int, int]]:
         """The chosen experts that have not run, each as far into the block as it is chosen."""

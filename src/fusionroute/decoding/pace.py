@@ -160,6 +160,7 @@ class FastestMode(Generic[Mode]):
         self.costs = {mode: CostModel() for mode in self.modes}
         self.tokens = {mode: Average() for mode in self.modes}  # a row and step
         self.idle = dict.fromkeys(self.modes, 0)  # steps since its last
+        self.tolls = dict.fromkeys(self.modes, 0.0)  # seconds a row of going over to it for its last trial
         self.untried = self.modes[::-1]
         self.chosen, self.left = self.modes[0], 0  # of a trial
 
@@ -175,7 +176,7 @@ class FastestMode(Generic[Mode]):
 
     def _choose(self, rows: int) -> None:
         if self.untried:
-            self.chosen, self.left = self.untried.pop(), self.trial
+            self._try(self.untried.pop())
             return
         prices = {mode: self.price(mode, rows) for mode in self.modes}
         self.chosen = min(prices, key=lambda mode: prices[mode])
@@ -183,9 +184,18 @@ class FastestMode(Generic[Mode]):
         for mode in self.modes:
             # Nothing is so far behind that it is never looked at again.
             loss = min(prices[mode] / max(prices[self.chosen], 1e-12), 10.0) - 1
-            if mode != self.chosen and self.idle[mode] * budget > self.trial * loss:
-                self.chosen, self.left = mode, self.trial
+            toll = self.tolls[mode] * rows / max(self.costs[self.chosen].seconds(rows), 1e-12)
+            if mode != self.chosen and self.idle[mode] * budget > self.trial * loss + toll:
+                self._try(mode)
                 return
+
+    def _try(self, mode: Mode) -> None:
+        self.chosen, self.left, self.tolls[mode] = mode, self.trial, 0.0
+
+    def toll(self, rows: int, seconds: float) -> None:
+        """Note that, of a trial, so long went into what its mode needs first, as members that had fallen behind."""
+        if self.left:
+            self.tolls[self.chosen] += seconds / rows
 
     def add(self, mode: Mode, rows: int, tokens: int, seconds: float) -> None:
         """Note a step of so many rows that gave so many tokens."""

@@ -1,14 +1,17 @@
 """Answers of one system to many prompts, on the engine, with what each of them cost. Knows no task and no result."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
+
 from fusionroute import collection as collections
+from fusionroute import fusion
 from fusionroute.decoding.engine import Engine
-from fusionroute.decoding.members import Members
+from fusionroute.decoding.members import Job, Members
 from fusionroute.decoding.rows import Event, Request
 from fusionroute.errors import UsageError, first_line
 
@@ -61,9 +64,23 @@ def load_model(folder: Path, dtype: str | None, base: str | None) -> "tuple[Fusi
 
 
 def load_engine(folder: Path, dtype: str | None, base: str | None) -> tuple[Engine, Any]:
-    """The engine of a collection, and its tokenizer; arguments as in `load_model`."""
+    """The engine of a collection, and its tokenizer; arguments as in `load_model`.
+
+    It reads once what prompts begin with alike, where its members allow it.
+    """
     model, tokenizer = load_model(folder, dtype, base)
-    return Engine(model, tokenizer), tokenizer
+    members = Members(model)
+    return Engine(model, tokenizer, members=members, reuse=members.rewindable), tokenizer
+
+
+@torch.inference_mode()
+def choose(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The expert that the router picks at each prompt's end, as rows of `routing="query"` keep it; no row may run."""
+    jobs = [Job(0, row, ids, 1) for row, ids in enumerate(prompts)]
+    hidden = engine.members.run(jobs)
+    engine.members.reset()
+    scores = engine.model.router.route_head(torch.cat(hidden))
+    return [engine.names[route] for route in fusion.route(scores).tolist()]
 
 
 R = TypeVar("R", bound=Request, contravariant=True)

@@ -6,7 +6,7 @@ reads these alone.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,8 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
         }
         for name in runs
     }
-    answer_all(runs, todo, answers, batch=wanted.batch, dtype=wanted.dtype, base=wanted.base)
+    twins = _twins(runs, cells, config.expert_names)
+    answer_all(runs, todo, answers, batch=wanted.batch, dtype=wanted.dtype, base=wanted.base, twins=twins)
     if reward is not None and SELECTION in rewarded:
         candidates = [cells[system.name] for system in experts.values()]
         select_all(list(experts), _choices(benchmarks, cells[SELECTION], candidates), answers, reward)
@@ -272,6 +273,25 @@ def _keys(task: Benchmark, answers: list[str | None]) -> Cell:
         for item, key in zip(task.items, answers, strict=True)
     ]
     return Cell(answers, scores)
+
+
+def _twins(
+    systems: Mapping[str, System], cells: Mapping[str, Mapping[str, Cell]], experts: Sequence[str]
+) -> dict[str, dict[str, dict[str, str]]]:
+    """Of each system that decides once per prompt, of each of its keys, by expert the key of that expert's answer."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for name, system in systems.items():
+        kind = "expert" if system.policy.get("alpha") == 0 else "fixed"
+        beside = {expert: cells.get(f"{kind}:{expert}") for expert in experts}
+        if system.policy.get("routing") != "query" or None in beside.values():
+            continue
+        found[name] = {
+            key: {expert: str(mine[task].answers[place]) for expert, mine in beside.items() if mine is not None}
+            for task, cell in cells[name].items()
+            for place, key in enumerate(cell.answers)
+            if key is not None
+        }
+    return found
 
 
 def _load(wanted: Evaluation) -> "tuple[FusionRouteForCausalLM, Any]":

@@ -16,7 +16,7 @@ from fusionroute.baselines.selection import select
 from fusionroute.decoding.members import free_memory
 from fusionroute.decoding.rows import Request
 from fusionroute.errors import FusionRouteError
-from fusionroute.evaluation.answering import Answer, answer, load_engine
+from fusionroute.evaluation.answering import Answer, answer, choose, load_engine
 from fusionroute.evaluation.benchmarks import Item
 from fusionroute.evaluation.names import COLLAB, SELECTION
 from fusionroute.evaluation.reward import RewardModel
@@ -49,8 +49,14 @@ def answer_all(
     batch: int,
     dtype: str | None,
     base: str | None,
+    twins: Mapping[str, Mapping[str, Mapping[str, str]]],
 ) -> None:
-    """Answer the items by key of each system, one system's after another's; a key that two of them have, once."""
+    """Answer the items by key of each system, one system's after another's; a key that two of them have, once.
+
+    Args:
+        twins: of a system that decides once per prompt, of each key, by expert the key of that expert's answer with the
+            same α. Once the expert is chosen there is no difference, so where these are there, only the choice is made.
+    """
     planned: set[str] = set()
     own: dict[str, dict[str, Item]] = {}
     for name, items in todo.items():
@@ -58,7 +64,10 @@ def answer_all(
         planned |= set(items)
     meter = Meter("answering", len(planned), "answers")
     loaded: tuple[Path, Engine, Any] | None = None
-    for name, items in own.items():
+    folders = [systems[name].folder for name in own]
+    # What shares others' answers comes after them; what shares a folder stays together, so that it is loaded once.
+    for name in sorted(own, key=lambda name: (folders.index(systems[name].folder), name in twins)):
+        items = own[name]
         if not items:
             continue
         system = systems[name]
@@ -67,12 +76,44 @@ def answer_all(
             loaded = (system.folder, *load_engine(system.folder, dtype, base))
         _, engine, tokenizer = loaded
         meter.title = name
+        if engine.prefixes is not None:
+            engine.prefixes.shrink(0)  # no system is faster for another's having read the prompts
+        if name in twins:
+            items = _share(engine, tokenizer, system, items, twins[name], answers, batch, meter)
         requests = [
             (key, Request(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, **system.policy))
             for key, item in items.items()
         ]
         _keep(name, items, answer(engine, requests, batch), answers, meter)
     meter.close()
+
+
+def _share(
+    engine: "Engine",
+    tokenizer: Any,
+    system: System,
+    items: Mapping[str, Item],
+    twins: Mapping[str, Mapping[str, str]],
+    answers: Store,
+    batch: int,
+    meter: Meter,
+) -> dict[str, Item]:
+    """Store the chosen expert's answer where every expert's is known; the items that are left."""
+    known = {key: {expert: answers.get(twin) for expert, twin in twins[key].items()} for key in items}
+    shared = [key for key, rows in known.items() if all(row is not None and not row["error"] for row in rows.values())]
+    for first in range(0, len(shared), batch):
+        keys = shared[first : first + batch]
+        started = time.perf_counter()
+        experts = choose(engine, [_encode(tokenizer, items[key]) for key in keys])
+        seconds = (time.perf_counter() - started) / len(keys)
+        for key, expert in zip(keys, experts, strict=True):
+            row = {**(known[key][expert] or {}), "system": system.name}
+            if system.policy.get("alpha") == 0:  # else the router's pass over the prompt is in the answer's own cost
+                row["seconds"] += seconds
+                row["passes"] += 1
+            _put(key, row, answers)
+            meter.advance(1)
+    return {key: item for key, item in items.items() if key not in set(shared)}
 
 
 def collab_all(

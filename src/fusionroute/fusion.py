@@ -5,7 +5,7 @@ Source: Xiong et al., arXiv 2601.05106, Eq. 1 with the weight α of the compleme
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -68,7 +68,10 @@ class TokenTrace:
     drafted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            **vars(self),
+            "weights": dict(self.weights),
+        }  # a token's share of a stream: asdict takes ten times as long
 
 
 def choices(fused: Tensor, experts: Tensor, routers: Tensor, tokens: Tensor) -> list[dict[str, Any]]:

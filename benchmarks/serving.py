@@ -248,7 +248,7 @@ async def crowd(url: str, clients: int, seconds: float, outcomes: Counter) -> No
 def load(collection: str | None, minutes: float, clients: int) -> dict[str, Any]:
     """A crowd of clients; what came of it, and what it left behind."""
     with serving(collection, "--waiting", "32", "--kv-gigabytes", "0.5") as (url, process):
-        asyncio.run(crowd(url, clients, 60 * minutes * 0.2, Counter()))  # to its usual size
+        asyncio.run(crowd(url, clients, 60 * minutes * 0.4, Counter()))  # to its usual size: kept prefixes fill up
         kept = settle(url)["fusionroute_kv_kept_bytes"]
         before, outcomes = process.memory_info().rss, Counter()
         started = time.monotonic()

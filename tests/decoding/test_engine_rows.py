@@ -162,6 +162,20 @@ def test_drafts_of_the_step_that_ends_a_row_count_as_proposed(collection: Collec
     assert engine.proposed >= sum(token.drafted for token in answer.tokens) > 0
 
 
+def test_what_members_that_fell_behind_must_read_counts_against_a_trial(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(collection("adapters"))
+    weight = engine.model.router.route_head.weight
+    monkeypatch.setattr(weight, "data", torch.zeros_like(weight))  # one expert writes, the other has read nothing
+    steps: list[tuple[str, bool]] = []
+    engine.modes.toll = lambda rows, seconds: steps.append((engine.modes.chosen[0], seconds > 0))  # type: ignore[method-assign]
+    engine.generate([Request(PROMPT, 60)])
+    first = next(i for i, (mode, _) in enumerate(steps) if mode == "all")
+    assert not any(late for _, late in steps[:first])
+    assert [late for _, late in steps[first : first + 3]] == [True, False, False]
+
+
 def test_a_stream_that_is_left_frees_its_row(collection: Collection) -> None:
     engine = Engine(collection("llama"))
     stream = engine.stream(Request(PROMPT, LONGEST))

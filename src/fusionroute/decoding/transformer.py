@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusionroute.decoding.attention import attend
 from fusionroute.decoding.cache import KVCache
 from fusionroute.decoding.matrices import filled
 from fusionroute.decoding.products import Lanes, Product, UnsupportedError, share_masks
@@ -259,7 +258,7 @@ class Transformer:
         q = q.permute(0, 2, 3, 1, 4).reshape(rows, shape.kv_heads, ratio * group.new, shape.head_dim)
         mask = group.masks[window]
         if shape.softcap is None:
-            out = attend(q, keys, values, mask, shape.scaling)
+            out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=shape.scaling)
         else:
             scores = torch.tanh(q @ keys.transpose(-1, -2) * (shape.scaling / shape.softcap)) * shape.softcap
             weights = (scores if mask is None else scores + mask).softmax(dim=-1, dtype=torch.float32)

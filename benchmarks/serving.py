@@ -26,6 +26,8 @@ from typing import Any
 import httpx
 import psutil
 
+from fusionroute.serving.scheduler import REST_SECONDS
+
 NOUNS = "cow farm train garden baker pencil book road river shop letter table clock bridge market horse"
 
 
@@ -273,12 +275,13 @@ def load(collection: str | None, minutes: float, clients: int) -> dict[str, Any]
 
 
 def settle(url: str) -> dict[str, float]:
-    """Wait until nothing runs; the figures then."""
+    """Wait until nothing has run for a while; the figures then."""
     for _ in range(100):
         held = figures(url)
         if held["fusionroute_rows_running"] + held["fusionroute_rows_waiting"] == 0:
             break
         time.sleep(0.1)
+    time.sleep(REST_SECONDS + 1)
     return held
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.serving.conftest import NAME, Live, Start
 
 from fusionroute.decoding.text import TextPieces
+from fusionroute.serving import scheduler
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "How many cows?"}]}
 LONG = {**ASK, "max_tokens": 400, "ignore_eos": True}
@@ -127,6 +128,19 @@ def test_health_and_figures(live: Live) -> None:
         "time_per_token_seconds_count", "tokens_drafted_total", "kv_bytes", "kv_kept_bytes",
     ):  # fmt: skip
         assert f"fusionroute_{name}" in figures
+
+
+def test_memory_goes_back_once_after_work(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[bool] = []
+    monkeypatch.setattr(scheduler, "REST_SECONDS", 0.05)
+    monkeypatch.setattr(scheduler, "return_freed_memory", lambda: returned.append(bool(live.engine.active)))
+    live = start()
+    with live.http() as http:
+        for _ in range(2):
+            http.post("/v1/chat/completions", json=ASK)
+            time.sleep(0.5)
+    # Where the server rested before the first request, that is one more.
+    assert returned in ([False] * 2, [False] * 3)
 
 
 def test_refusals_and_drafts_are_counted(start: Start) -> None:

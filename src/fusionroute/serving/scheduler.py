@@ -5,6 +5,8 @@ over to the event loop in one call. Knows no protocol.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import threading
 import time
@@ -20,6 +22,8 @@ from fusionroute.errors import UsageError
 from fusionroute.serving.errors import ApiError
 from fusionroute.serving.metrics import Metrics
 from fusionroute.serving.settings import Limits
+
+REST_SECONDS = 5.0  # without work, before what rows took goes back to the system
 
 log = logging.getLogger("fusionroute.serve")
 T = TypeVar("T")
@@ -177,10 +181,13 @@ class Scheduler:
     # --------------------------------------------------------------------------------------- in the engine's thread
 
     def _run(self) -> None:
+        rested = False
         while True:
             with self._wake:
                 while not (self._commands or self._ended or self.engine.active or self.engine.waiting):
-                    self._wake.wait()
+                    if not self._wake.wait(None if rested else REST_SECONDS):
+                        break
+                rested = not (self._commands or self._ended or self.engine.active or self.engine.waiting)
                 if self._ended:
                     return
                 commands = list(self._commands)
@@ -192,6 +199,8 @@ class Scheduler:
                     self._tell("a command failed", error)
             if self.engine.active or self.engine.waiting:
                 self._step()
+            if rested:
+                return_freed_memory()
 
     def _submit(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         try:
@@ -269,6 +278,12 @@ class Scheduler:
                 loop.call_soon_threadsafe(_deliver, mine)
             except RuntimeError:  # the loop has closed: nobody waits
                 log.debug("%d events came too late", len(mine))
+
+
+def return_freed_memory() -> None:
+    """Give back what the C library has been freed of and keeps for later, where it is glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _failed() -> ApiError:

@@ -68,10 +68,8 @@ class TokenTrace:
     drafted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "weights": dict(self.weights),
-        }  # a token's share of a stream: asdict takes ten times as long
+        # Not asdict, which takes ten times as long: a stream does this at every token.
+        return {**vars(self), "weights": dict(self.weights)}
 
 
 def choices(fused: Tensor, experts: Tensor, routers: Tensor, tokens: Tensor) -> list[dict[str, Any]]:

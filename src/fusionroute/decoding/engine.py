@@ -240,7 +240,7 @@ class Engine:
             if block.done:
                 self._settle(block)
         ended = time.perf_counter()
-        late = (ended - started) * behind / (sum(self.members.tokens) - read)
+        late = (ended - started) * behind / max(sum(self.members.tokens) - read, 1)
         self.modes.toll(len(blocks), late)
         # A prefill says nothing of what a step costs.
         if self.members.visits == visits and not prompts:

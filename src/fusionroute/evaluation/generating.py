@@ -101,6 +101,7 @@ def _share(
     """Store the chosen expert's answer where every expert's is known; the items that are left."""
     known = {key: {expert: answers.get(twin) for expert, twin in twins[key].items()} for key in items}
     shared = [key for key, rows in known.items() if all(row is not None and not row["error"] for row in rows.values())]
+    done = set(shared)
     for first in range(0, len(shared), batch):
         keys = shared[first : first + batch]
         started = time.perf_counter()
@@ -113,7 +114,7 @@ def _share(
                 row["passes"] += 1
             _put(key, row, answers)
             meter.advance(1)
-    return {key: item for key, item in items.items() if key not in set(shared)}
+    return {key: item for key, item in items.items() if key not in done}
 
 
 def collab_all(

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 # Tests that need no extra but [gguf], [serve] and [plot].
 CORE := tests/decoding tests/integrations/test_*.py $(patsubst %,tests/test_%.py,cache collection collection_save \
-	configuration fusion gguf inspection members modeling modeling_generate router sources vocabulary weights)
+	configuration copying fusion gguf inspection members modeling modeling_generate router sources vocabulary weights)
 
 .PHONY: setup demo demo-serve browser docs test test-vllm lint clean
 

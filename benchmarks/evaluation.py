@@ -12,15 +12,43 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusionroute import Request, collection, encode_chat
 from fusionroute.evaluation.answering import load_engine
-from fusionroute.evaluation.benchmarks import load_task
+from fusionroute.evaluation.benchmarks import Item, load_task
 from fusionroute.evaluation.generating import answer_all
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.store import Store
 from fusionroute.evaluation.systems import Sources, find
+
+
+def engine_speed(folder: Path, items: Sequence[Item], batch: int) -> float:
+    """Tokens per second of the engine alone, loaded before."""
+    engine, tokenizer = load_engine(folder, None, None)
+    engine.max_rows = batch
+    requests = [
+        Request(encode_chat(tokenizer, [{"role": "user", "content": item.prompt}]), item.max_new_tokens, stop=item.stop)
+        for item in items
+    ]
+    started = time.perf_counter()
+    tokens = sum(len(answer.tokens) for answer in engine.generate(requests))
+    return tokens / (time.perf_counter() - started)
+
+
+def evaluation_speed(folder: Path, items: Sequence[Item], batch: int) -> float:
+    """Tokens per second of an evaluation, loading and storing included."""
+    with tempfile.TemporaryDirectory() as out:
+        store = Store(Path(out) / "answers.jsonl")
+        systems = {OURS: find(OURS, Sources(folder, Path(out)))}
+        todo = {OURS: {item.id: item for item in items}}
+        started = time.perf_counter()
+        answer_all(systems, todo, store, batch=batch, dtype=None, base=None, twins={})
+        return sum(row["tokens"] for row in store.rows.values()) / (time.perf_counter() - started)
+
+
+SIDES = {"engine": engine_speed, "evaluation": evaluation_speed}
 
 
 def main() -> None:
@@ -36,35 +64,14 @@ def main() -> None:
     items = load_task("gsm8k", given.data, limit=given.items).items
     ratios, speeds = [], []
     for number in range(given.rounds):
-        sides = {}
-        for side in ("engine", "evaluation")[:: 1 if number % 2 else -1]:
-            if side == "engine":
-                engine, tokenizer = load_engine(folder, None, None)
-                engine.max_rows = given.batch
-                requests = [
-                    Request(
-                        encode_chat(tokenizer, [{"role": "user", "content": item.prompt}]),
-                        item.max_new_tokens,
-                        stop=item.stop,
-                    )
-                    for item in items
-                ]
-                started = time.perf_counter()
-                tokens = sum(len(answer.tokens) for answer in engine.generate(requests))
-            else:
-                with tempfile.TemporaryDirectory() as out:
-                    store = Store(Path(out) / "answers.jsonl")
-                    systems = {OURS: find(OURS, Sources(folder, Path(out)))}
-                    todo = {OURS: {item.id: item for item in items}}
-                    started = time.perf_counter()
-                    answer_all(systems, todo, store, batch=given.batch, dtype=None, base=None, twins={})
-                    tokens = sum(row["tokens"] for row in store.rows.values())
-            sides[side] = tokens / (time.perf_counter() - started)
-        ratios.append(sides["evaluation"] / sides["engine"])
-        speeds.append(sides["evaluation"])
-        print(f"evaluation {sides['evaluation']:.1f} tokens/s, engine {sides['engine']:.1f}", flush=True)
-    found = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
-    print(json.dumps({"load_before": before, **found, "tokens_per_second": statistics.median(speeds)}))
+        # By turns the one first and the other; in memory there is one model at a time.
+        order = list(SIDES)[:: 1 if number % 2 else -1]
+        found = {side: SIDES[side](folder, items, given.batch) for side in order}
+        ratios.append(found["evaluation"] / found["engine"])
+        speeds.append(found["evaluation"])
+        print(f"evaluation {found['evaluation']:.1f} tokens/s, engine {found['engine']:.1f}", flush=True)
+    result = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+    print(json.dumps({"load_before": before, **result, "tokens_per_second": statistics.median(speeds)}))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def make_collection(folder: Path, models: list[Path]) -> Path:
     specs = [MemberSpec(f"expert{number}", str(path)) for number, path in enumerate(experts)]
     head = RouteHead(AutoConfig.from_pretrained(router).hidden_size, [spec.name for spec in specs])
     torch.nn.init.normal_(head.weight)
+    head.trained = True  # else the first expert would write everything
     (folder / "head").mkdir()
     head.save(folder / "head")
     collection.assemble(folder / "collection", MemberSpec("router", str(router)), specs, head=folder / "head")

@@ -275,15 +275,15 @@ def main() -> None:
     import transformers
 
     from fusionroute import sources
+    from fusionroute.progress import quiet
     from fusionroute.training.annotation import sequences_of
-    from fusionroute.training.running import quiet
 
     base = options.base or sources.DEFAULT_BASE
     folder = sources.resolve(base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     steps, batch = options.steps + 2, options.batch
     rows = chat_rows(steps * batch, 0)
-    with quiet(), tempfile.TemporaryDirectory() as scratch:
+    with quiet(data=True), tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch)
         if options.memory_of:
             items = items_of(tokenizer, rows[: 3 * batch], options.memory_of, pairs=False)

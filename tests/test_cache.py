@@ -115,6 +115,13 @@ def test_crop_of_nothing_changes_nothing(cache: FusionCache) -> None:
     assert cache.routes.shape == (2, 4)
 
 
+def test_crop_of_more_than_there_is_leaves_nothing(cache: FusionCache) -> None:
+    feed(cache, NAMES, 0, 4)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0
+    assert set(cache.lengths.values()) == {0}
+
+
 def test_crop_of_more_than_the_recorded_routes_leaves_none(cache: FusionCache) -> None:
     feed(cache, NAMES, 0, 6)
     cache.record(torch.zeros(2, 1), torch.tensor([5]))  # a prefill keeps one

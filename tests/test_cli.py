@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, and errors of one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from fusionroute import __version__
 
 
 @pytest.fixture
@@ -23,15 +26,17 @@ def one_line(error: str) -> str:
     return lines[0]
 
 
-def test_help_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize(("option", "told"), [("--help", "Usage"), ("--version", f"fusionroute {__version__}")])
+def test_help_and_version_load_nothing_heavy(option: str, told: str) -> None:
     code = (
-        "import sys; sys.argv = ['fusionroute', '--help']\n"
+        f"import sys; sys.argv = ['fusionroute', {option!r}]\n"
         "from fusionroute import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -93,6 +98,12 @@ def test_forced_expert(run: Callable, folder: Path) -> None:
     assert answer["overruled_rate"] == 0
 
 
+def test_the_router_alone(run: Callable, folder: Path) -> None:
+    code, out, err = run("generate", "Hi", "-c", folder, "--max-new-tokens", 4, "--expert", "router")
+    assert code == 0, err
+    assert out.rstrip().endswith("tokens/s")
+
+
 def test_unknown_expert(run: Callable, folder: Path) -> None:
     code, _, err = run("generate", "Hi", "-c", folder, "--expert", "law")
     assert code == 2
@@ -151,6 +162,17 @@ def test_init_makes_an_untrained_collection(run: Callable, folder: Path, tmp_pat
     assert answer["shares"] == {"plain": 1.0, "math": 0.0}
     report = json.loads(run("inspect", tmp_path / "new", "--json")[1])
     assert report["head"]["trained"] is False
+
+
+def test_init_takes_a_path_with_a_plus_sign(run: Callable, folder: Path, tmp_path: Path) -> None:
+    from fusionroute.collection import read_config
+
+    base = read_config(folder).router_spec.source
+    copied = shutil.copytree(base, tmp_path / "c++")
+    code, _, err = run("init", tmp_path / "new", "--router", base, "--expert", f"plain={copied}")
+    assert code == 0, err
+    (expert,) = read_config(tmp_path / "new").expert_specs
+    assert (expert.source, expert.adapter) == (str(copied.resolve()), None)
 
 
 def test_init_refuses_a_bad_expert(run: Callable, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
-from fusionroute import collection, tiny, weights
+from fusionroute import collection, sources, tiny, weights
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.modeling import FusionRouteForCausalLM
-from fusionroute.router import HEAD_FILE
+from fusionroute.router import HEAD_FILE, RouteHead
 from on_disk import IDS, config_of, digests, logits, rewrite
 
 # ---- finding and reading one
@@ -61,6 +62,21 @@ def test_collection_without_experts_is_refused(copy: Callable[[str], Path], expe
     folder = copy("adapters")
     rewrite(folder, lambda config: config.update(experts=experts))
     with pytest.raises(FusionRouteError):
+        FusionRouteForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("experts", [{"math": {"name": "math", "source": "x"}}, ["math"], [{"name": 5, "source": "x"}]])
+def test_experts_in_another_form_are_refused(copy: Callable[[str], Path], experts: Any, refuses: Callable) -> None:
+    folder = copy("llama")
+    rewrite(folder, lambda config: config.update(experts=experts))
+    with refuses(FusionRouteError, "config.json"):
+        collection.read_config(folder)
+
+
+def test_missing_generation_config_is_refused(copy: Callable[[str], Path], refuses: Callable) -> None:
+    folder = copy("llama")
+    (folder / "generation_config.json").unlink()
+    with refuses(FusionRouteError, folder / "generation_config.json"):
         FusionRouteForCausalLM.from_pretrained(folder)
 
 
@@ -175,11 +191,65 @@ def test_collection_ends_at_every_members_end_id(models: Callable[..., Path], tm
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
 
 
+def test_generation_config_that_contradicts_itself_is_kept(models: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers refuses to save such a one, and published models have them."""
+    router, math = models("router"), models("math", seed=1)
+    (router / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
+    collection.assemble(tmp_path / "out", MemberSpec("router", str(router)), [MemberSpec("math", str(math))])
+    FusionRouteForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    for name in ("out", "again"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_padding_token_that_experts_do_not_know_is_not_used(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Fine-tunes append one, and an id that not all members share is refused."""
+    router, math = models("router"), models("math", seed=1)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(router)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(router)
+    config = collection.assemble(tmp_path / "out", MemberSpec("router", str(router)), [MemberSpec("math", str(math))])
+    assert (config.vocab_size, config.pad_token_id) == (320, None)
+    batch = collection.load_tokenizer(tmp_path / "out")(["a", "a b c d"], padding=True, return_tensors="pt")
+    output = FusionRouteForCausalLM.from_pretrained(tmp_path / "out")(
+        batch["input_ids"], attention_mask=batch["attention_mask"]
+    )
+    assert output.logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_unknown_architecture_is_refused(models: Callable[..., Path], tmp_path: Path, refuses: Callable) -> None:
+    router, math = models("router"), models("math", seed=1)
+    rewrite(math, lambda config: config.update(model_type="no_such_model"))
+    with refuses(FusionRouteError, math / "config.json", "no_such_model"):
+        collection.assemble(tmp_path / "out", MemberSpec("router", str(router)), [MemberSpec("math", str(math))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_gguf_file_is_referred_to_and_not_what_it_was_converted_to(
+    models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is in a cache."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    converted = models("converted")
+    monkeypatch.setattr(sources, "resolve", lambda *_, **__: converted)
+    monkeypatch.chdir(tmp_path)
+    config = collection.assemble(
+        tmp_path / "out", MemberSpec("router", "./m.gguf"), [MemberSpec("math", str(tmp_path / "m.gguf"))]
+    )
+    assert {spec.source for spec in config.member_specs} == {str(tmp_path / "m.gguf")}
+
+
 def test_without_a_head_the_first_expert_writes_everything(models: Callable[..., Path], tmp_path: Path) -> None:
     members = [MemberSpec(n, str(models(n, seed=i))) for i, n in enumerate(("router", "math", "code"))]
     config = collection.assemble(tmp_path / "out", members[0], members[1:])
     assert not config.head_trained
     assert FusionRouteForCausalLM.from_pretrained(tmp_path / "out")(IDS).routes.eq(0).all()
+
+
+def test_head_that_says_it_is_untrained_is_believed(models: Callable[..., Path], tmp_path: Path) -> None:
+    members = [MemberSpec(n, str(models(n, seed=i))) for i, n in enumerate(("router", "math"))]
+    RouteHead(16, ["math"]).save(tmp_path)
+    config = collection.assemble(tmp_path / "out", members[0], members[1:], head=tmp_path)
+    assert not config.head_trained
 
 
 def test_alpha_is_kept(models: Callable[..., Path], tmp_path: Path) -> None:
@@ -245,6 +315,17 @@ def test_collection_of_no_experts_is_refused(models: Callable[..., Path], tmp_pa
         collection.assemble(tmp_path / "out", MemberSpec("router", str(models("model"))), [])
 
 
+def test_adapter_in_one_folder_with_a_model_is_taken_by_itself(models: Callable[..., Path], tmp_path: Path) -> None:
+    """Its digest is its own, or the collection could not be loaded."""
+    base, adapter = models("base"), tmp_path / "adapter"
+    tiny.make_adapter(adapter, tiny.make_model(base, width=16))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base / name, adapter / name)
+    expert = MemberSpec("math", str(base), adapter=str(adapter))
+    collection.assemble(tmp_path / "out", MemberSpec("router", str(base)), [expert])
+    FusionRouteForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_adapter_trained_on_another_base_is_refused(
     models: Callable[..., Path], tmp_path: Path, refuses: Callable
 ) -> None:
@@ -303,3 +384,18 @@ def test_without_a_template_the_message_is_taken_as_it_is(make_collection: Calla
     tokenizer.chat_template = None
     ids = collection.encode_chat(tokenizer, [{"role": "user", "content": "How many cows?"}])
     assert tokenizer.decode(ids) == "How many cows?"
+
+
+def test_without_a_template_tools_are_not_dropped_in_silence(
+    make_collection: Callable[[str], Path], refuses: Callable
+) -> None:
+    tokenizer = collection.load_tokenizer(make_collection("llama"))
+    tokenizer.chat_template = None
+    with refuses(UsageError, "tools"):
+        collection.encode_chat(tokenizer, [{"role": "user", "content": "How many cows?"}], [{"type": "function"}])
+
+
+def test_conversation_of_no_messages_is_refused(make_collection: Callable[[str], Path], refuses: Callable) -> None:
+    tokenizer = collection.load_tokenizer(make_collection("llama"))
+    with refuses(UsageError, "at least one message"):
+        collection.encode_chat(tokenizer, [])

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.hub import local_references
 from fusionroute.modeling import FusionRouteForCausalLM
 from fusionroute.router import HEAD_FILE
-from on_disk import config_of, digests, logits
+from on_disk import config_of, digests, logits, rewrite
 
 
 @pytest.mark.parametrize("embed", [False, True], ids=["referenced", "embedded"])
@@ -39,6 +40,16 @@ def test_twice_saved_collection_gives_the_same_logits(
     FusionRouteForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice", embed=embed)
     shutil.rmtree(tmp_path / "once")
     assert torch.equal(logits(FusionRouteForCausalLM.from_pretrained(tmp_path / "twice")), logits(load("mixed")))
+
+
+def test_reference_that_starts_at_the_collection_is_read_from_another_place(
+    copy: Callable[[str], Path], load: Callable[[str], FusionRouteForCausalLM], tmp_path: Path
+) -> None:
+    folder, out = copy("llama"), tmp_path / "deep" / "er" / "out"
+    source = os.path.relpath(config_of(folder)["experts"][0]["source"], folder)
+    rewrite(folder, lambda config: config["experts"][0].update(source=source))
+    FusionRouteForCausalLM.from_pretrained(folder).save_pretrained(out)
+    assert torch.equal(logits(FusionRouteForCausalLM.from_pretrained(out)), logits(load("llama")))
 
 
 @pytest.mark.parametrize("shape", ["mixed", "adapters", "llama"])
@@ -146,6 +157,28 @@ def test_referenced_whole_router_that_was_changed_is_not_lost_in_silence(
     except FusionRouteError:
         return
     assert torch.equal(logits(FusionRouteForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_changed_router_whose_weights_an_expert_shares_is_not_lost_in_silence(
+    models: Callable[..., Path], tmp_path: Path, refuses: Callable
+) -> None:
+    source = str(models("model"))
+    collection.assemble(tmp_path / "out", MemberSpec("router", source), [MemberSpec("math", source)])
+    model = FusionRouteForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.router.member.model.model.norm.weight.mul_(1.5)
+    with refuses(UsageError, "math", source):
+        model.save_pretrained(tmp_path / "again", embed=True)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_config_says_of_the_head_what_its_file_does(
+    make_collection: Callable[[str], Path], tmp_path: Path, trained: bool
+) -> None:
+    model = FusionRouteForCausalLM.from_pretrained(make_collection("adapters"))
+    model.router.route_head.trained = trained
+    model.save_pretrained(tmp_path / "out")
+    assert collection.read_config(tmp_path / "out").head_trained is trained
 
 
 @pytest.mark.parametrize("shape", ["llama", "adapters", "mixed"])
@@ -257,6 +290,25 @@ def test_push_names_only_the_local_members(load: Callable[[str], FusionRouteForC
     config = type(load("llama").config).from_dict(load("llama").config.to_dict())
     config.experts[0]["source"] = "org/math"
     assert [text.split(" ")[0] for text in local_references(config)] == ["router", "code"]
+
+
+@pytest.mark.parametrize(("source", "local"), [("./expert_math", []), ("./../math", ["math"]), (".", ["math"])])
+def test_path_out_of_the_collection_is_a_local_reference(
+    load: Callable[[str], FusionRouteForCausalLM], source: str, local: list[str]
+) -> None:
+    config = type(load("llama").config).from_dict(load("llama").config.to_dict())
+    for member in [config.router, *config.experts]:
+        member["source"] = "org/base"
+    config.experts[0]["source"] = source
+    assert [text.split(" ")[0] for text in local_references(config)] == local
+
+
+def test_push_to_another_branch_is_not_one_to_the_main_branch(
+    load: Callable[[str], FusionRouteForCausalLM], hub: SimpleNamespace
+) -> None:
+    with pytest.raises(TypeError, match="revision"):
+        load("adapters").push_to_hub("me/x", embed=True, revision="dev")
+    assert hub.calls == []
 
 
 def test_local_adapter_is_a_local_reference(load: Callable[[str], FusionRouteForCausalLM]) -> None:

@@ -106,6 +106,12 @@ def test_member_with_other_keys_is_refused(data: dict[str, Any], word: str, refu
         MemberSpec.from_dict(data)
 
 
+@pytest.mark.parametrize("data", ["math", None, ["math", "org/x"]])
+def test_member_that_is_no_object_is_refused(data: Any, refuses: Callable) -> None:
+    with refuses(FusionRouteError, repr(data), "config.json"):
+        MemberSpec.from_dict(data)
+
+
 def test_set_members_does_not_share_state_with_the_specs(config: FusionRouteConfig) -> None:
     spec = MemberSpec("math", "org/x")
     config.set_members(ROUTER, [spec])
@@ -173,6 +179,16 @@ def test_another_base_is_found_from_the_working_folder(
     (tmp_path / "here" / "new").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     assert adapted.specs_on(written)[0].source == str(tmp_path / "here" / "new")
+
+
+def test_another_base_that_is_a_file_keeps_its_digest(
+    adapted: FusionRouteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    digest = "#sha256=" + "ab" * 32
+    assert adapted.specs_on("m.gguf" + digest)[0].source == str(tmp_path / "m.gguf") + digest
+    assert adapted.specs_on("")[0].source == ""  # no source, and not the working folder
 
 
 def test_another_base_that_is_not_there_is_not_looked_for_in_the_collection(

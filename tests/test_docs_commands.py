@@ -31,7 +31,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line.strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    joined = [re.sub(r" *\\\n *", " ", block) for block in blocks(page, "bash")]
+    lines = [line.strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("pip install")]
 
 
@@ -150,6 +151,8 @@ def test_rows_of_the_page_are_rows_of_the_formats(tmp_path: Path) -> None:
 
 # ---- the other pages
 
+LAUNCHES = "tests/training/test_launched_commands.py"
+IN_VLLM = "tests/integrations/with_vllm/test_vllm_server.py"
 # Where the commands are run that are not run here.
 ELSEWHERE = {
     'fusionroute generate "A farmer has 12 cows and buys 3 more. How many cows has he now?"': "Makefile",
@@ -170,8 +173,21 @@ ELSEWHERE = {
     "fusionroute pairs --data DIR --out pairs.jsonl --tasks gsm8k,mbpp --samples 4 --reference": (
         "tests/evaluation/test_pairs.py"
     ),
+    "fusionroute annotate COLLECTION --recipe recipe.yaml --out annotations --part 1/4": LAUNCHES,
+    "accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 8 -m fusionroute "
+    "train sft COLLECTION --recipe recipe.yaml --out after-sft": LAUNCHES,
+    "torchrun --standalone --nproc-per-node 8 -m fusionroute "
+    "train sft COLLECTION --recipe recipe.yaml --out after-sft": LAUNCHES,
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500 --rdzv-id sft "
+    "-m fusionroute train sft COLLECTION --recipe recipe.yaml --out after-sft": LAUNCHES,  # on one machine
+    "fusionroute serve --engine vllm": IN_VLLM,
+    "fusionroute serve --engine vllm -c ./mine -- --tensor-parallel-size 2": IN_VLLM,
+    "vllm serve ./mine --dtype bfloat16": IN_VLLM,
 }
-PAGES = ["index.md", "decoding.md", "evaluation.md", "serving.md", "scale.md", "theory.md", "examples.md"]
+PAGES = [
+    "index.md", "decoding.md", "evaluation.md", "serving.md", "scale.md", "theory.md", "examples.md", "training.md",
+    "vllm.md",
+]  # fmt: skip
 OTHERS = [words for page in PAGES for line in commands(page) if (words := line.partition("  #")[0].strip())]
 
 
@@ -188,5 +204,5 @@ def test_command_of_another_page(line: str, place: Place) -> None:
 def test_what_is_run_elsewhere_is_on_a_page(line: str, where: str) -> None:
     assert line in OTHERS
     words = line.replace("> bench.txt", "").split()
-    named = words[1] if words[0] == "fusionroute" else Path(words[1]).stem
+    named = {"fusionroute": words[1], "python": Path(words[1]).stem}.get(words[0], words[0])
     assert named in (ROOT / where).read_text(encoding="utf-8")

@@ -55,6 +55,52 @@ def test_a_folder_with_something_in_it_is_not_replaced_unasked(tmp_path: Path) -
     assert (tmp_path / "c" / "mine").read_text() == "x"
 
 
+def test_what_came_into_a_folder_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    def come() -> None:
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "theirs").write_text("x")
+
+    with pytest.raises(FusionRouteError, match="exists already"), staged_folder(tmp_path / "c"):
+        come()
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["theirs"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_to_a_folder_stays_and_leads_to_the_new_one(tmp_path: Path, replace: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "disk")
+    with staged_folder(tmp_path / "c", replace=replace) as scratch:
+        (scratch / "new").write_text("y")
+    assert (tmp_path / "c").is_symlink()
+    assert (tmp_path / "disk" / "new").read_text() == "y"
+
+
+@pytest.mark.parametrize("name", [".", "../c"])
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    with pytest.raises(FusionRouteError, match="is the working folder"), staged_folder(Path(name)):
+        pass
+
+
+def test_a_folder_that_cannot_be_exchanged_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "old").write_text("x")
+    rename = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if (source / "new").exists():
+            raise OSError(errno.EIO, "as if")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="as if"), staged_folder(tmp_path / "c", replace=True) as scratch:
+        (scratch / "new").write_text("y")
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left")])
 def test_a_full_disk_is_one_line(tmp_path: Path, error: Exception) -> None:
     with (
@@ -88,4 +134,10 @@ def test_half_written_json_names_the_file(tmp_path: Path, content: str) -> None:
 
 def test_missing_json_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FusionRouteError, match=r"a\.json is missing"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(FusionRouteError, match=r"a\.json cannot be read: Is a directory"):
         read_json(tmp_path / "a.json")

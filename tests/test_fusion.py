@@ -46,6 +46,13 @@ def test_fuse_without_complement_does_not_look_at_the_router() -> None:
     assert fuse(torch.tensor([-torch.inf, 0.0]), torch.tensor([1.0, 2.0]), 0).tolist() == [1.0, 2.0]
 
 
+def test_fuse_takes_a_weight_per_position() -> None:
+    router = torch.tensor([[1.0, -2.0], [-torch.inf, 0.0], [4.0, 0.0]])
+    expert = torch.tensor([[10.0, 20.0], [1.0, 2.0], [3.0, 5.0]])
+    alpha = torch.tensor([[0.5], [0.0], [1.0]])
+    assert fuse(router, expert, alpha).tolist() == [[10.5, 19.0], [1.0, 2.0], [7.0, 5.0]]
+
+
 @given(st.floats(0, 3), st.integers(0, 1000))
 def test_fusing_logits_or_log_probabilities_gives_one_distribution(alpha: float, seed: int) -> None:
     router, expert = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed)) * 5

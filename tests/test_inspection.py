@@ -99,6 +99,15 @@ def test_an_adapter_counts_in_the_dtype_of_its_base(tmp_path: Path) -> None:
     assert inspect_collection(made)["memory"]["weights_bytes"] == sum(p.nbytes for p in loaded.parameters())
 
 
+def test_memory_is_that_of_the_dtype_the_collection_asks_for(make_collection: Make, tmp_path: Path) -> None:
+    """An expert in another dtype than the others on its base has a copy of it."""
+    folder = copy(make_collection("adapters"), tmp_path / "c", lambda c: c["experts"][0].update(dtype="bfloat16"))
+    model = FusionRouteForCausalLM.from_pretrained(folder)
+    memory = inspect_collection(folder)["memory"]
+    assert memory["weights_bytes"] == sum(p.nbytes for p in model.parameters())
+    assert {name: 4 * size for name, size in memory["kv_bytes_per_token"]["members"].items()} == cache_bytes(model, 4)
+
+
 @SHAPES
 def test_kv_bytes_a_token_are_those_of_a_real_cache(shape: str, make_collection: Make) -> None:
     folder = make_collection(shape)
@@ -153,6 +162,15 @@ def test_members_are_described_in_route_order(make_collection: Make) -> None:
 def test_members_on_one_base_say_so(make_collection: Make) -> None:
     found = inspect_collection(make_collection("mixed"))["members"]
     assert [member["shares_base_with"] for member in found] == [["code"], [], ["router"], []]
+
+
+def test_a_base_written_in_two_ways_is_one(make_collection: Make, tmp_path: Path) -> None:
+    def respell(config: dict[str, Any]) -> None:
+        base = Path(config["router"]["source"])
+        config["experts"][0]["source"] = f"{base.parent}/../{base.parent.name}/{base.name}"
+
+    folder = copy(make_collection("adapters"), tmp_path / "c", respell)
+    assert members(inspect_collection(folder))["math"]["shares_base_with"] == ["router", "code"]
 
 
 def test_a_whole_collection_has_no_errors(any_collection: Path) -> None:
@@ -333,6 +351,23 @@ def test_tokenizers_that_disagree_are_an_error(make_collection: Make, tmp_path: 
     report = inspect_collection(folder)
     assert "tokenizers disagree" in report["vocabulary"]["error"]
     assert len(inspection.errors(report)) == 1
+
+
+def test_a_collection_of_no_experts_is_refused(make_collection: Make, tmp_path: Path) -> None:
+    folder = copy(make_collection("llama"), tmp_path / "c", lambda c: c.update(experts=[], head_trained=False))
+    with pytest.raises(FusionRouteError, match="lists no experts"):
+        inspect_collection(folder)
+
+
+def test_a_broken_member_does_not_change_what_a_base_replaces(make_collection: Make, tmp_path: Path) -> None:
+    """The vocabulary of the rest is checked on that base, also if the rest has no adapter."""
+    folder = copy(make_collection("bare"), tmp_path / "c")
+    for name in ("router", "expert_code"):
+        (folder / name / "adapter_model.safetensors").unlink()
+    base = collection.read_config(folder).router_spec.source
+    report = inspect_collection(folder, base=base)
+    assert [("error" in member) for member in report["members"]] == [True, False, True]
+    assert report["vocabulary"]["common"] == 320
 
 
 def test_half_a_config_is_refused(make_collection: Make, tmp_path: Path) -> None:

@@ -262,6 +262,30 @@ def test_dtype_that_no_model_can_have_is_refused(base: Path, refuses: Callable) 
         load_model(base, LoadOptions(dtype=torch.int8))
 
 
+@pytest.mark.parametrize("value", [{"hidden_size": "wide"}, {"model_type": 5}])
+def test_config_with_a_value_of_another_type_is_refused(base: Path, value: dict[str, Any], refuses: Callable) -> None:
+    config = json.loads((base / "config.json").read_text()) | value
+    (base / "config.json").write_text(json.dumps(config))
+    with refuses(FusionRouteError, base / "config.json"):
+        load_model(base, LoadOptions())
+
+
+def test_device_that_is_not_there_is_refused(base: Path, refuses: Callable) -> None:
+    with refuses(FusionRouteError, base, "cuda:99"):
+        load_model(base, LoadOptions(device="cuda:99"))
+
+
+def test_attention_that_is_not_installed_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch, refuses: Callable
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("FlashAttention2 has been toggled on, but it cannot be used\n")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with refuses(FusionRouteError, base, "FlashAttention2"):
+        load_model(base, LoadOptions(attn_implementation="flash_attention_2"))
+
+
 def test_wrong_digest_is_refused_with_both(base: Path, refuses: Callable) -> None:
     expected = "sha256:" + "1" * 64
     with refuses(FusionRouteError, "router", expected, weights.digest(base)):
@@ -332,6 +356,24 @@ def test_adapter_of_another_method_is_refused(base: Path, adapter: Callable[...,
     config = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["k_proj"], "feedforward_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with refuses(FusionRouteError, folder, "IA3"):
+        attach_adapter(load_model(base, LoadOptions()), None, folder, "math")
+
+
+def test_adapter_of_a_method_that_peft_does_not_know_is_refused(
+    base: Path, adapter: Callable[..., Path], refuses: Callable
+) -> None:
+    folder = adapter(1)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "OF_TOMORROW"}))
+    with refuses(FusionRouteError, folder, "OF_TOMORROW"):
+        attach_adapter(load_model(base, LoadOptions()), None, folder, "math")
+
+
+def test_adapter_that_waits_for_tokens_is_refused(base: Path, adapter: Callable[..., Path], refuses: Callable) -> None:
+    """It would load, and never be on."""
+    folder = adapter(1)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"alora_invocation_tokens": [5, 9]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with refuses(FusionRouteError, folder, "alora_invocation_tokens [5, 9]"):
         attach_adapter(load_model(base, LoadOptions()), None, folder, "math")
 
 

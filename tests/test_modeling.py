@@ -237,6 +237,16 @@ def test_loss_counts_no_padding(load: Load, oracle: Callable, padded: Callable) 
     assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("items", [40, torch.tensor(40)])
+def test_loss_is_divided_by_the_items_that_a_trainer_counted(load: Load, items: int | torch.Tensor) -> None:
+    """With gradients accumulated, the Trainer passes the items of all batches and does not divide by the batches."""
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        mean = load("llama")(ids, labels=ids).loss
+        loss = load("llama")(ids, labels=ids, num_items_in_batch=items).loss
+    assert loss.item() == pytest.approx(mean.item() * (len(ROWS[0]) - 1) / 40, rel=1e-5)
+
+
 def test_gradients_reach_the_router_and_no_expert(make_collection: Callable[[str], Path]) -> None:
     model = FusionRouteForCausalLM.from_pretrained(make_collection("llama"))
     model.requires_grad_(True)

@@ -144,6 +144,23 @@ def test_rows_at_hand_are_read(home: Path, tmp_path: Path) -> None:
     assert (entry["rows"], entry["tokens"], entry["tokens_from"]) == (12, characters / 4, "read")
 
 
+def test_without_a_data_folder_no_relative_path_is_at_hand(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` would not find it either, also where the working folder has such a file."""
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(RECIPES / "llama-3.1-8b.yaml"), tmp_path / "run")
+    monkeypatch.chdir(folder)
+    assert {entry["tokens_from"] for entry in planning.make_plan(small, tmp_path)["data"]} == {"assumed"}
+
+
+def test_what_a_plan_does_not_count_is_said(home: Path, tmp_path: Path) -> None:
+    loaded = recipe.load_recipe(RECIPES / "llama-3.1-8b.yaml")
+    before = planning.make_plan(loaded, tmp_path)["notes"]
+    loaded.sft.training["route_loss"] = "renormalized"
+    (added,) = [note for note in planning.make_plan(loaded, tmp_path)["notes"] if note not in before]
+    assert added.startswith("sft: route_loss renormalized")
+
+
 def test_the_default_recipe_has_its_experts_baselines_and_reward_models(home: Path, tmp_path: Path) -> None:
     names = [s["name"] for s in plan_of("smollm2", tmp_path)["stages"]]
     assert list(dict.fromkeys(names)) == [

@@ -15,6 +15,7 @@ import yaml
 from fusionroute import recipe, tiny, weights
 from fusionroute.baselines.collab import CollabSettings
 from fusionroute.collection import read_config
+from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import report
 from fusionroute.evaluation.evaluate import Evaluation, evaluate
@@ -162,6 +163,34 @@ def test_a_reward_model_that_changes_touches_nothing_else(
     assert started == ["rewards/judge: started", "collection/baselines: started"]
 
 
+def test_a_collection_put_together_anew_keeps_its_figures(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe.execute(SMOLLM2, finished, None, tiny=True)  # whatever other tests have left
+    capsys.readouterr()
+    data = yaml.safe_load(SMOLLM2.read_text())
+    data["experts"][0]["description"] = "said in other words"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    recipe.execute(tmp_path / "r.yaml", finished, None, tiny=True)
+    started = [line for line in capsys.readouterr().err.splitlines() if line.endswith("started")]
+    stages = ("collection-untrained", "collection-sft", "collection", "collection/baselines")
+    assert started == [f"{stage}: started" for stage in stages]
+    assert "top-1 on S, fused" in read_config(finished / "collection").training["scores"]
+    assert "top-1 on S, fused" in (finished / "collection" / "README.md").read_text()
+
+
+def test_weights_that_change_in_place_are_other_weights(tmp_path: Path) -> None:
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    run, place = recipe.Run(small, tmp_path / "run", folder), tmp_path / "expert"
+    vocab_size = len(tiny.make_tokenizer(place))
+    digests = []
+    for seed in (1, 1, 2):
+        tiny.make_model(place, seed=seed, vocab_size=vocab_size)
+        assembled = run._assemble("collection-untrained", [MemberSpec("math", str(place))], None, {})
+        digests.append(read_config(assembled).expert_specs[0].digest)
+    assert digests[0] == digests[1] != digests[2] == weights.digest(place)
+
+
 # ---- what stands beside the collection
 
 
@@ -258,6 +287,45 @@ def test_two_reward_models_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(UsageError, match=r"r\.yaml: rewards: .*one of each name, not selection, selection"):
         recipe.load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ([{"name": "math"}, {"name": "math"}], r"experts: .*must be distinct.*math, math"),
+        ([{"name": "router"}], r"experts: .*none may be 'router'"),
+        ([{"name": "Math-2"}], r"experts: .*'Math-2' must match"),
+        ([{"name": "math", "revision": "v2"}], r"experts\.0: .*revision v2 is of no source"),
+    ],
+)
+def test_experts_that_no_collection_can_have_are_refused_at_once(
+    experts: list[dict], message: str, tmp_path: Path
+) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data | {"experts": experts}))
+    with pytest.raises(UsageError, match=message):
+        recipe.load_recipe(tmp_path / "r.yaml")
+
+
+def test_an_expert_is_trained_on_the_base_alone(tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    data["experts"][1]["source"] = "some-org/some-model"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UsageError, match=r"experts\.1: .*drop source and adapter"):
+        recipe.load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "Smollm2", "smollm2/x", "-smollm2"])
+def test_a_name_that_is_no_folders_is_refused(name: str, tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOLLM2.read_text())
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data | {"name": name}))
+    with pytest.raises(UsageError, match=r"r\.yaml: name: "):
+        recipe.load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        recipe.load_recipe(tmp_path)
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def test_the_collection_loads_on_the_base_that_was_used(run: recipe.Run, recwarn
         ({"start": "maths"}, r"router\.start: no expert 'maths' among general, math, code"),
         ({"start": "math", "source": "a/b"}, r"start \(math\) and source \(a/b\) exclude each other"),
         ({"start": "math", "lora": {"r": 4}}, r"goes on with the adapter of math in its shape: drop lora"),
+        ({"revision": "v2"}, r"router: .*revision v2 is of no source"),
     ],
 )
 def test_a_start_that_cannot_be(router: dict, message: str, tmp_path: Path) -> None:

@@ -113,6 +113,20 @@ def test_other_number_of_experts_is_refused(head: RouteHead, tmp_path: Path, ref
         RouteHead.load(tmp_path, NAMES[:2], 8, CPU)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_head_that_is_not_finite_is_refused(head: RouteHead, tmp_path: Path, value: float, refuses: Callable) -> None:
+    head.weight.data[1, 3] = value
+    head.save(tmp_path)
+    with refuses(FusionRouteError, HEAD_FILE, "not finite"):
+        RouteHead.load(tmp_path, NAMES, 8, CPU)
+
+
+def test_head_whose_list_of_experts_is_damaged_is_refused(tmp_path: Path, refuses: Callable) -> None:
+    save_file({"weight": torch.zeros(3, 8)}, tmp_path / HEAD_FILE, {"route_head": '{"experts": ['})
+    with refuses(FusionRouteError, HEAD_FILE, "not whole"):
+        RouteHead.load(tmp_path, NAMES, 8, CPU)
+
+
 def test_head_of_another_width_is_refused_with_both(head: RouteHead, tmp_path: Path, refuses: Callable) -> None:
     head.save(tmp_path)
     with refuses(FusionRouteError, "[3, 8]", "[3, 16]"):

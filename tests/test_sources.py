@@ -80,6 +80,19 @@ def test_parse_refuses(text: str, says: str) -> None:
         Source.parse(text)
 
 
+def test_an_absolute_source_means_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    source = Source.parse(f"./m.gguf#sha256={SHA}", relative_to=tmp_path).absolute(tmp_path)
+    monkeypatch.chdir("/")
+    assert str(source) == f"{tmp_path}/m.gguf#sha256={SHA}"
+    assert source.path(tmp_path / "elsewhere") == tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("text", ["org/name", f"wheel:p==1/a.gguf#sha256={SHA}"])
+def test_a_source_of_elsewhere_is_absolute(text: str) -> None:
+    assert str(Source.parse(text).absolute()) == text
+
+
 # ---- local folders
 
 
@@ -198,6 +211,7 @@ def test_only_what_is_needed_and_loads_no_code_is_downloaded() -> None:
         "config.json", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "model.pt", "modeling.py",
         "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "onnx/model.safetensors",
         "README.md", "model-Q4.gguf", "adapter_config.json", "adapter_model.safetensors", "training_args.bin",
+        "provenance.json",
     ]  # fmt: skip
     kept = {
         what: set(
@@ -209,12 +223,12 @@ def test_only_what_is_needed_and_loads_no_code_is_downloaded() -> None:
         )
         for what in ("model", "adapter", "tokenizer")
     }
-    tokenizer = {"config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
-    assert kept["model"] == tokenizer | {
-        "model.safetensors", "README.md", "adapter_config.json", "adapter_model.safetensors"
+    tokenizer = {
+        "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "provenance.json"
     }  # fmt: skip
-    assert kept["adapter"] == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    assert kept["tokenizer"] == tokenizer | {"adapter_config.json"}
+    assert kept["model"] == tokenizer | {"model.safetensors", "README.md"}
+    assert kept["adapter"] == {"adapter_config.json", "adapter_model.safetensors", "provenance.json", "README.md"}
+    assert kept["tokenizer"] == tokenizer
 
 
 # ---- GGUF

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.vocabulary import check_vocabularies, template_of, tokenizer_digest
+from fusionroute.vocabulary import check_vocabularies, template_of
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog; the dog didn't mind, and the fox doesn't either.",
@@ -449,11 +449,11 @@ def test_a_template_that_writes_a_cropped_token_is_noted(tmp_path: Path) -> None
     assert f"the chat template of router writes '<think>' (id {SIZE}), which not all experts know" in notes
 
 
-# --- digest
+# --- files of other versions
 
 
 @pytest.mark.parametrize("raw", [bpe(), unigram(), add(bpe(), "[PAD]")], ids=["bpe", "unigram", "added"])
-def test_a_saved_again_tokenizer_keeps_its_digest(tmp_path: Path, raw: Raw) -> None:
+def test_a_tokenizer_that_was_loaded_and_saved_is_the_same(tmp_path: Path, raw: Raw) -> None:
     from transformers import PreTrainedTokenizerFast
 
     before = save(tmp_path / "before", raw)
@@ -461,7 +461,8 @@ def test_a_saved_again_tokenizer_keeps_its_digest(tmp_path: Path, raw: Raw) -> N
     tokenizer(["a"], truncation=True, max_length=4)  # leaves its mark in the file
     tokenizer.save_pretrained(tmp_path / "after")
     assert (before / "tokenizer.json").read_bytes() != (tmp_path / "after" / "tokenizer.json").read_bytes()
-    assert tokenizer_digest(before) == tokenizer_digest(tmp_path / "after")
+    result = check_vocabularies({"router": before, "math": tmp_path / "after"})
+    assert (result.common, result.notes) == (result.sizes["router"], ())
 
 
 def _age(raw: Raw) -> None:
@@ -472,41 +473,14 @@ def _age(raw: Raw) -> None:
     raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
 
 
-def test_a_file_of_an_early_version_has_the_same_digest(tmp_path: Path) -> None:
-    digest = tokenizer_digest(save(tmp_path / "old", changed(bpe(), _age)))
-    assert digest == tokenizer_digest(save(tmp_path / "new", bpe()))
+def test_a_file_of_an_early_version_is_the_same() -> None:
+    result = report(router=bpe(), math=changed(bpe(), _age))
+    assert (result.common, result.notes) == (SIZE, ())
 
 
-def test_a_metaspace_of_an_early_version_has_the_same_digest(tmp_path: Path) -> None:
+def test_a_metaspace_of_an_early_version_is_the_same() -> None:
     old = unigram() | {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}}
-    assert tokenizer_digest(save(tmp_path / "old", old)) == tokenizer_digest(save(tmp_path / "new", unigram()))
-
-
-def test_the_digest_ignores_key_order(tmp_path: Path) -> None:
-    other = changed(bpe(), lambda raw: raw["model"].update(vocab=dict(reversed(raw["model"]["vocab"].items()))))
-    assert tokenizer_digest(save(tmp_path / "a", bpe())) == tokenizer_digest(save(tmp_path / "b", other))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        rename(bpe(), "Ġthe", "Ġder"),
-        add(bpe(), "[PAD]"),
-        changed(bpe(), lambda raw: raw["model"]["merges"].reverse()),
-        bpe() | {"normalizer": {"type": "NFC"}},
-        bpe() | {"pre_tokenizer": {"type": "Whitespace"}},
-        changed(bpe(), lambda raw: raw["model"].update(ignore_merges=True)),
-        changed(bpe(), lambda raw: raw["added_tokens"][0].update(lstrip=True)),
-    ],
-    ids=["vocabulary", "added", "merges", "normalizer", "pre-tokenizer", "flag", "added flag"],
-)
-def test_what_affects_the_mapping_changes_the_digest(tmp_path: Path, other: Raw) -> None:
-    assert tokenizer_digest(save(tmp_path / "a", bpe())) != tokenizer_digest(save(tmp_path / "b", other))
-
-
-def test_the_digest_names_its_algorithm(tmp_path: Path) -> None:
-    algorithm, digits = tokenizer_digest(save(tmp_path, bpe())).split(":")
-    assert (algorithm, len(digits)) == ("sha256", 64)
+    assert report(router=unigram(), math=old).notes == ()
 
 
 # --- weight

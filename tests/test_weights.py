@@ -10,6 +10,7 @@ import safetensors.torch
 
 from fusionroute import weights
 from fusionroute.errors import FusionRouteError
+from fusionroute.tiny import make_adapter
 from weight_files import tiny_model
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -44,6 +45,15 @@ def test_pickled_weights_are_refused(model_folder: Path) -> None:
         weights.check_model(model_folder)
 
 
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path: Path, begun: str) -> None:
+    make_adapter(tmp_path, tiny_model(), seed=0)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": begun}))
+    with pytest.raises(FusionRouteError, match=f"init_lora_weights='{begun}': its start was taken off the base"):
+        weights.check_adapter(tmp_path)
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
     shard = min(tmp_path.glob("model-*.safetensors"))
@@ -60,6 +70,26 @@ def test_an_index_that_names_an_absent_tensor_is_refused(tmp_path: Path) -> None
     index.write_text(json.dumps(value))
     with pytest.raises(FusionRouteError, match=r"names ghost\.weight"):
         weights.check_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}'])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, content: str) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(FusionRouteError, match=r"index\.json has no weight_map"):
+        weights.check_model(tmp_path)
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(model_folder: Path) -> None:
+    (model_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(FusionRouteError, match="a model and an adapter"):
+        weights.check_model(model_folder)
+
+
+def test_a_config_that_is_no_object_is_refused(model_folder: Path) -> None:
+    (model_folder / "config.json").write_text("[]")
+    with pytest.raises(FusionRouteError, match=r"config\.json is not a JSON object"):
+        weights.check_model(model_folder)
 
 
 def test_a_pickled_adapter_is_refused(adapter_folder: Path) -> None:
@@ -141,11 +171,26 @@ def edit(adapter: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_alpha": 8}, {"use_rslora": True}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q": 4}}]
+    "change",
+    [
+        {"lora_alpha": 8},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj"]},
+        {"rank_pattern": {"q": 4}},
+        {"layer_replication": [[0, 4], [2, 5]]},
+        {"trainable_token_indices": [7, 5]},
+    ],
 )
 def test_adapter_digest_changes_with_what_changes_the_function(adapter_folder: Path, change: dict[str, object]) -> None:
     before = weights.digest(adapter_folder)
     edit(adapter_folder, **change)
+    assert weights.digest(adapter_folder) != before
+
+
+def test_adapter_digest_keeps_the_order_of_replicated_layers(adapter_folder: Path) -> None:
+    edit(adapter_folder, layer_replication=[[0, 4], [2, 5]])
+    before = weights.digest(adapter_folder)
+    edit(adapter_folder, layer_replication=[[2, 5], [0, 4]])
     assert weights.digest(adapter_folder) != before
 
 

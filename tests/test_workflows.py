@@ -15,7 +15,7 @@ from fusionroute import collection, recipe, tiny
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, load_model
-from fusionroute.training import phases
+from fusionroute.training import phases, processes
 
 SMOLLM2 = Path(__file__).parents[1] / "recipes" / "smollm2.yaml"
 
@@ -100,6 +100,16 @@ def test_annotate_one_member(run: Callable, place: Path, tmp_path: Path) -> None
     assert [Path(line).name.split("-")[0] for line in out.splitlines()] == ["math"]
 
 
+def test_annotate_waits_for_other_processes_as_long_as_the_recipe_says(
+    run: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(processes, "join", lambda seconds=processes.TIMEOUT: waits.append(seconds))
+    patient = variant(place, "patient.yaml", lambda data: data["sft"]["training"].update(ddp_timeout=7200))
+    assert run("annotate", place / "mine", "--out", tmp_path, recipe=patient)[0] == 0
+    assert waits[0] == 7200  # whoever joins first decides
+
+
 @pytest.mark.parametrize(("option", "value", "says"), [("--member", "law", "'law'"), ("--phase", "dpo", "dpo")])
 def test_annotate_refuses_what_there_is_not(
     run: Callable, place: Path, tmp_path: Path, option: str, value: str, says: str
@@ -148,6 +158,15 @@ def test_train_cdpo_goes_on_from_phase_1(cdpo: Path, sft: Path) -> None:
     assert largest < 0.05  # three small steps away, not a new adapter
 
 
+def test_figures_of_the_old_router_are_not_the_new_ones(run: Callable, place: Path, sft: Path, tmp_path: Path) -> None:
+    scored = Path(shutil.copytree(sft, tmp_path / "scored"))
+    collection.record_scores(scored, {"top-1 on S, fused": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}})
+    code, _, err = run("train", "cdpo", scored, "--out", tmp_path / "new", "--annotations", place / "notes")
+    assert code == 0, err
+    assert set(collection.read_config(tmp_path / "new").training) == {"sft", "cdpo"}
+    assert "top-1 on S" not in (tmp_path / "new" / "README.md").read_text()
+
+
 def test_train_cdpo_on_an_untrained_head(run: Callable, place: Path, tmp_path: Path) -> None:
     result = run("train", "cdpo", place / "mine", "--out", tmp_path / "new", "--annotations", tmp_path / "notes")
     assert result[0] == 1
@@ -160,6 +179,13 @@ def test_train_into_a_folder_with_something_in_it(run: Callable, place: Path, tm
     result = run("train", "sft", place / "mine", "--out", tmp_path)
     assert result[0] == 2
     assert str(tmp_path) in error_of(result)
+
+
+def test_train_into_a_file(run: Callable, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("mine")
+    result = run("train", "sft", place / "mine", "--out", tmp_path / "new")
+    assert result[0] == 2
+    assert "new is not an empty folder" in error_of(result)
 
 
 def test_train_a_phase_that_the_recipe_lacks(run: Callable, place: Path, tmp_path: Path) -> None:

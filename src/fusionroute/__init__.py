@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"fusionroute.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """With the names that are not loaded yet, for completion in shells and notebooks."""
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,11 @@
 """The reference model's KV cache: every member's own cache behind the interface that transformers' `generate` drives.
 
 `layers` is the members' layers end to end, router first, so that reordering, repeating, selecting and cropping, which
-transformers does layer by layer, reach all of them; lengths are asked of layer 0, which is the router's.
+transformers does layer by layer, reach all of them. Its length is that of the members that ran, which need not be the
+router.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ class FusionCache(Cache):
             self.query_routes = self.query_routes.index_select(0, beam_idx.to(self.query_routes.device))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; a positive number is the length to keep (an older form)."""
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.16 passes a tensor
         before = self.get_seq_length()
-        after = tokens_to_remove if tokens_to_remove > 0 else before + tokens_to_remove
+        after = tokens_to_remove if tokens_to_remove > 0 else max(before + tokens_to_remove, 0)
         for name, cache in self.members.items():
             if self.lengths[name]:  # else a policy left this member out
                 cache.crop(-max(self.lengths[name] - after, 0))  # cropping by 0 still shrinks sliding windows
@@ -109,6 +111,6 @@ class FusionCache(Cache):
         super().batch_select_indices(indices)
         self._map_rows(lambda rows: rows[indices])
 
-    def _map_rows(self, change: Any) -> None:
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.routes = None if self.routes is None else change(self.routes)
         self.query_routes = None if self.query_routes is None else change(self.query_routes)

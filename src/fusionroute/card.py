@@ -269,8 +269,9 @@ def _shown(source: str, revision: str | None, folder: Path) -> str:
     parsed = _parse(source, folder)
     location = source if parsed is None else parsed.location
     if parsed is None or parsed.kind == "local":
-        inside = location.startswith("./") and ".." not in location.split("/")
-        return f"`{location}` of this collection" if inside else f"local folder `{Path(location).name}`"
+        if sources.is_inside(location):
+            return f"`{location}` of this collection"
+        return f"local folder `{Path(location).name}`"
     return f"`{short_source(source)}{'' if revision is None else '@' + revision}`"
 
 

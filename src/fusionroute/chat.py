@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusionroute import collection as collections
@@ -14,17 +14,19 @@ COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and who wrote it."""
+    """One answer and who wrote it; `names` are those of the experts, `quantised` of those with rounded weights."""
 
     tokens: list[TokenTrace]
     names: list[str]
     seconds: float
+    quantised: dict[str, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
+        """What `generate --json` prints."""
         return {
             "text": self.text,
             "tokens": [token.to_dict() for token in self.tokens],
@@ -32,12 +34,14 @@ class Answer:
             "switch_rate": switch_rate(self.tokens),
             "overruled_rate": overruled_rate(self.tokens),
             "tokens_per_second": len(self.tokens) / self.seconds if self.tokens else 0.0,
+            **({"quantised": self.quantised} if self.quantised else {}),
         }
 
     def summary(self) -> str:
         """One line: shares, switches, overruled, tokens/s."""
         data = self.to_dict()
-        parts = "  ".join(f"{name} {share:.0%}" for name, share in data["shares"].items())
+        label = {name: f" ({form})" for name, form in self.quantised.items()}
+        parts = "  ".join(f"{name}{label.get(name, '')} {share:.0%}" for name, share in data["shares"].items())
         return (
             f"{parts}  |  switches {data['switch_rate']:.0%}  overruled {data['overruled_rate']:.0%}  "
             f"{len(self.tokens)} tokens, {data['tokens_per_second']:.1f} tokens/s"
@@ -50,7 +54,7 @@ class Session:
     Args:
         collection: folder, Hub id or packaged name; None is the default.
         quiet: no line about loading.
-        loading: arguments of `FusionRouteForCausalLM.from_pretrained`.
+        loading: arguments of `fusionroute.loading.load_engine`.
     """
 
     def __init__(self, collection: str | None, *, quiet: bool = False, **loading: Any) -> None:
@@ -63,34 +67,30 @@ class Session:
         self.styles = dict(zip(self.names, COLOURS * (len(self.names) // len(COLOURS) + 1), strict=False))
         if not quiet:
             print(f"loading {collection or collections.DEFAULT}: {', '.join(self.names)}…", file=sys.stderr, flush=True)
-        from fusionroute.decoding.drafting import PromptLookup
-        from fusionroute.decoding.engine import Engine
-        from fusionroute.decoding.members import Members
-        from fusionroute.modeling import FusionRouteForCausalLM
-        from fusionroute.training.running import quiet as silence
+        from fusionroute.loading import load_engine
 
-        with silence():
-            model = FusionRouteForCausalLM.from_pretrained(folder, **loading)
-            self.tokenizer = collections.load_tokenizer(folder)
-        members = Members(model)
-        self.engine = Engine(
-            model, self.tokenizer, members=members, drafter=PromptLookup() if members.rewindable else None
-        )
+        self.engine = load_engine(folder, **loading)
 
     def answer(self, messages: Sequence[dict[str, str]], settings: dict[str, Any], *, show: bool = True) -> Answer:
-        """Answer the conversation, printing it as it comes if `show`; `settings` are those of `Request`."""
+        """Answer the conversation, printing it as it comes if `show`; `settings` are those of `Request`.
+
+        Raises:
+            UsageError: as `Engine.submit`.
+        """
         from rich.text import Text
 
         from fusionroute.decoding.rows import Request
+        from fusionroute.members import quantised
 
-        prompt = collections.encode_chat(self.tokenizer, messages)
+        request = Request(collections.encode_chat(self.engine.tokenizer, messages), **settings)
         tokens: list[TokenTrace] = []
         started = time.monotonic()
-        for token in self.engine.stream(Request(prompt, **settings)):
+        for token in self.engine.stream(request):
             tokens.append(token)
             if show:
-                self.console.print(Text(token.text, style=self.styles[token.expert]), end="")
-        answer = Answer(tokens, self.names, time.monotonic() - started)
+                # The router alone is no expert and has no colour.
+                self.console.print(Text(token.text, style=self.styles.get(token.expert, "")), end="")
+        answer = Answer(tokens, self.names, time.monotonic() - started, quantised(self.engine.model.members))
         if show:
             self.console.print()
             legend = Text()

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fusionroute import cli_evaluation, cli_serving, placement
+from fusionroute import __version__, cli_evaluation, cli_serving, placement
 from fusionroute.cli_options import (
     Alpha,
     Base,
     Collection,
+    Compile,
     Data,
     Device,
     Dtype,
@@ -43,6 +44,21 @@ benches = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 app.add_typer(benches, name="bench")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fusionroute {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
@@ -61,6 +77,7 @@ def generate(
     base: Base = None,
     device: Device = None,
     place: Place = None,
+    compile: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt, coloured by the expert that wrote each token."""
@@ -68,15 +85,9 @@ def generate(
     from fusionroute.decoding.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
+    settings = _settings(alpha, expert, max_new_tokens, sampling, stop)
     how = placement.loading(dtype=dtype, base=base, device=device, place=place)
-    session = chat.Session(collection, quiet=as_json, **how)
-    settings = {
-        "alpha": alpha,
-        "expert": expert,
-        "max_new_tokens": max_new_tokens,
-        "sampling": sampling,
-        "stop": stop or (),
-    }
+    session = chat.Session(collection, quiet=as_json, compile=compile, **how)
     answer = session.answer([{"role": "user", "content": prompt}], settings, show=not as_json)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
@@ -99,21 +110,16 @@ def chat_(
     base: Base = None,
     device: Device = None,
     place: Place = None,
+    compile: Compile = False,
 ) -> None:
     """Talk to a collection; an empty line or Ctrl-D ends."""
     from fusionroute import chat
     from fusionroute.decoding.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
-    settings = {
-        "alpha": alpha,
-        "expert": expert,
-        "max_new_tokens": max_new_tokens,
-        "sampling": sampling,
-        "stop": stop or (),
-    }
+    settings = _settings(alpha, expert, max_new_tokens, sampling, stop)
     how = placement.loading(dtype=dtype, base=base, device=device, place=place)
-    chat.Session(collection, **how).talk(settings)
+    chat.Session(collection, compile=compile, **how).talk(settings)
 
 
 @app.command()
@@ -128,6 +134,7 @@ def init(
 ) -> None:
     """Make a collection from experts and a router base; its route head is untrained."""
     from fusionroute import collection as collections
+    from fusionroute.baselines.carried import split_adapter
     from fusionroute.configuration import ROUTER, MemberSpec
 
     experts = []
@@ -135,9 +142,8 @@ def init(
         name, equals, source = entry.partition("=")
         if not equals or not source:
             raise UsageError(f"--expert {entry!r} must be NAME=SOURCE or NAME=SOURCE+ADAPTER")
-        # A wheel source has a + in neither package name nor version here; an adapter follows the last one.
-        source, plus, adapter = source.rpartition("+") if "+" in source else (source, "", "")
-        experts.append(MemberSpec(name, source, adapter=adapter if plus else None))
+        source, adapter = split_adapter(source)
+        experts.append(MemberSpec(name, source, adapter=adapter))
     names = [ROUTER, *(spec.name for spec in experts)] if embed else []
     config = collections.assemble(out, MemberSpec(ROUTER, router), experts, embed=names, alpha=alpha)
     print(f"{out}: {len(experts)} experts ({', '.join(config.expert_names)}), {config.vocab_size} shared ids")
@@ -309,6 +315,19 @@ def decode(
     if plot is not None:
         bench_report.plot(document, plot)
     print(json.dumps(document))
+
+
+def _settings(
+    alpha: float | None, expert: str | None, max_new_tokens: int, sampling: Any, stop: list[str] | None
+) -> dict[str, Any]:
+    """What `generate` and `chat` ask of each row, as `Request` has it."""
+    return {
+        "alpha": alpha,
+        "expert": expert,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop": stop or (),
+    }
 
 
 def _say(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line's `merge`, `evaluate`, `report` and `lm-eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +21,7 @@ def merge(
     from fusionroute import collection as collections
     from fusionroute.baselines.merging import MergeSettings, merge_collection
 
-    given = {"scale": scale, "density": density}
-    settings = MergeSettings.of(
-        method, seed=seed, **{name: value for name, value in given.items() if value is not None}
-    )
+    settings = MergeSettings.of(method, scale=scale, density=density, seed=seed)
     merge_collection(collections.locate(collection), settings, out, base=base)
     print(f"{out}: an ordinary model, {settings}")
 
@@ -75,6 +72,7 @@ def evaluate(
     """Every system on every benchmark, resumable; prints the report. Exit code 3 if an item has no score."""
     from fusionroute import collection as collections
     from fusionroute.baselines.collab import CollabSettings
+    from fusionroute.evaluation import report as reports
     from fusionroute.evaluation.benchmarks import HELD_OUT
     from fusionroute.evaluation.evaluate import TASKS, Evaluation
     from fusionroute.evaluation.evaluate import evaluate as run_evaluation
@@ -102,7 +100,7 @@ def evaluate(
         unsafe=unsafe_code_execution,
     )
     run_evaluation(wanted)
-    _report(out, as_json)
+    _show(reports.read(out), as_json)
 
 
 def report(
@@ -111,15 +109,17 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The table of an evaluation: accuracies, differences to FusionRoute, costs, routing."""
+    from fusionroute.evaluation import report as reports
+
+    found = reports.read(folder)
     if html is not None:
         from fusionroute.evaluation import page
-        from fusionroute.evaluation import report as reports
         from fusionroute.files import staged_file
 
-        text = page.render(reports.read(folder), folder)
+        text = page.render(found, folder)
         with staged_file(html) as scratch:
             scratch.write_text(text, encoding="utf-8")
-    _report(folder, as_json)
+    _show(found, as_json)
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -129,10 +129,9 @@ def lm_eval(context: typer.Context) -> None:
     harness.main(context.args)
 
 
-def _report(folder: Path, as_json: bool) -> None:
+def _show(found: dict[str, Any], as_json: bool) -> None:
     from fusionroute.evaluation import report as reports
 
-    found = reports.read(folder)
     print(reports.as_json(found) if as_json else reports.as_markdown(found))
     if reports.unscored(found):
         raise typer.Exit(3)

@@ -16,11 +16,14 @@ Place = Annotated[
     list[str] | None,
     typer.Option(help="A member elsewhere or otherwise than the rest: NAME=DEVICE[,DTYPE[,ATTENTION]]; repeatable."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="torch.compile what stands between products: for GPUs, and rounds otherwise.")
+]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder that the recipe's data paths start from.")]
 RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe whose rows and settings are used.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")]
-Expert = Annotated[str | None, typer.Option(help="Always this expert.")]
+Expert = Annotated[str | None, typer.Option(help="Always this expert; router is the router alone.")]
 NewTokens = Annotated[int, typer.Option(min=1)]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Only the so many likeliest tokens; 0 is all.")]

@@ -7,12 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from fusionroute import placement
-from fusionroute.cli_options import Base, Collection, Device, Dtype, Place
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.cli_options import Base, Collection, Compile, Device, Dtype, Place
+from fusionroute.errors import FusionRouteError, UsageError, first_line
 
 KEY = "FUSIONROUTE_API_KEY"
 # Options that vLLM has nothing like, or has under another name with another meaning.
-_NOT_VLLM = ("waiting", "prompt_tokens", "new_tokens", "default_tokens", "timeout", "kv_gigabytes", "device", "place")
+_NOT_VLLM = (
+    "waiting",
+    "prompt_tokens",
+    "new_tokens",
+    "default_tokens",
+    "timeout",
+    "kv_gigabytes",
+    "device",
+    "place",
+    "compile",
+)
 
 
 class EngineName(str, Enum):
@@ -50,6 +60,7 @@ def serve(
     base: Base = None,
     device: Device = None,
     place: Place = None,
+    compile: Compile = False,
     engine: Annotated[EngineName, typer.Option(help="vllm starts vLLM's server, without the page.")] = EngineName.own,
 ) -> None:
     """Serve a collection: the OpenAI protocol at /v1, a page at / that shows who wrote what."""
@@ -79,14 +90,15 @@ def serve(
     try:
         from fusionroute.serving import server
     except ImportError as error:
-        raise FusionRouteError(f"serving needs {error.name}: pip install 'fusionroute[serve]'") from None
+        missing = error.name or first_line(error)
+        raise FusionRouteError(f"serving needs {missing}: pip install 'fusionroute[serve]'") from None
     from fusionroute.serving.settings import Limits
 
     if kv_gigabytes is not None and kv_gigabytes <= 0:
         raise UsageError(f"--kv-gigabytes must be above 0, not {kv_gigabytes}")
     limits = Limits(rows, waiting, prompt_tokens, new_tokens, default_tokens, seconds=timeout)
     budget = None if kv_gigabytes is None else int(kv_gigabytes * 1e9)
-    how = placement.loading(dtype=dtype, base=base, device=device, place=place)
+    how = placement.loading(dtype=dtype, base=base, device=device, place=place) | {"compile": compile}
     service = server.make_service(collection, limits, name=name, kv_budget=budget, log_prompts=log_prompts, **how)
     server.serve(service, host, port, key=key, origins=tuple(cors or ()), access_log=access_log)
 

@@ -1,4 +1,4 @@
-"""A collection on disk: where it is, what its files say, how it is put together, saved and pushed.
+"""A collection on disk: where it is, what its files say, how it is put together and saved.
 
 Layout (every member's folder is what transformers or PEFT would write, so each can be loaded on its own):
 
@@ -13,32 +13,28 @@ Loads no weights; `fusionroute.modeling` does.
 """
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionroute import sources, vocabulary, weights
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, check_names
+from fusionroute.copying import PROVENANCE as PROVENANCE
+from fusionroute.copying import copy_adapter as copy_adapter
+from fusionroute.copying import copy_model
+from fusionroute.copying import copy_tokenizer as copy_tokenizer
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from fusionroute.members import Member
     from fusionroute.modeling import FusionRouteForCausalLM
 
 PACKAGED = Path(__file__).parent / "collections"
 DEFAULT = "smollm2"
-PROVENANCE = "provenance.json"  # beside an adapter: the base it was trained on, and how
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-)
 
 
 def locate(name: str | Path | None, *, revision: str | None = None) -> Path:
@@ -71,31 +67,49 @@ def read_config(folder: Path) -> FusionRouteConfig:
     """The collection's configuration.
 
     Raises:
-        FusionRouteError: `config.json` is half-written or another kind of model's.
+        FusionRouteError: `config.json` is half-written, another kind of model's, or lists no experts.
     """
-    data = read_json(folder / "config.json")
+    path = folder / "config.json"
+    data = read_json(path)
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind != FusionRouteConfig.model_type:
         raise FusionRouteError(
-            f"{folder / 'config.json'} has model_type {kind!r}, not 'fusionroute': "
-            "make a collection of it with `fusionroute init`"
+            f"{path} has model_type {kind!r}, not 'fusionroute': make a collection of it with `fusionroute init`"
         )
-    return FusionRouteConfig.from_dict(data)
+    try:
+        config = FusionRouteConfig.from_dict(data)
+    except FusionRouteError:
+        raise
+    except Exception as error:  # a value of another type makes transformers stumble in many ways
+        raise FusionRouteError(f"{path} has a value that cannot be: {' '.join(str(error).split())}") from error
+    if not config.experts:
+        raise FusionRouteError(f"{path} lists no experts: a collection needs at least one")
+    return config
 
 
 def read_generation_config(folder: Path) -> "GenerationConfig":
+    """The collection's generation config: the router's, but ending at any member's end id.
+
+    Raises:
+        FusionRouteError: `generation_config.json` is missing or half-written.
+    """
     from transformers import GenerationConfig
 
+    read_json(folder / "generation_config.json")  # transformers' own refusal fills a screen
     return GenerationConfig.from_pretrained(folder)
 
 
 def load_tokenizer(folder: str | Path | None = None) -> "PreTrainedTokenizerBase":
-    """The collection's tokenizer: the router's, with its chat template. Pads on the left, for `generate`."""
+    """The collection's tokenizer: the router's, with its chat template. Pads on the left, for `generate`.
+
+    A padding token that not all members share, as many a fine-tune has added one, is replaced by the end token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(folder))
+    found = locate(folder)
+    tokenizer = AutoTokenizer.from_pretrained(found)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= read_config(found).vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -109,8 +123,17 @@ def encode_chat(
 
     Without a chat template the last message's content is taken as it is, with the tokenizer's own special tokens.
     `tools` are functions that the model may call, as JSON schemas.
+
+    Raises:
+        UsageError: there are no messages, or tools and no chat template to write them.
     """
+    if not messages:
+        raise UsageError("a conversation needs at least one message")
     if tokenizer.chat_template is None:
+        if tools:
+            raise UsageError(
+                "this tokenizer has no chat template, so nothing says how tools are written: leave them out"
+            )
         return list(tokenizer(messages[-1]["content"])["input_ids"])
     rendered = tokenizer.apply_chat_template(
         list(messages),
@@ -121,29 +144,35 @@ def encode_chat(
     return list(rendered["input_ids"])
 
 
-def tokenizer_folders(config: FusionRouteConfig, folder: Path, base: str | None = None) -> dict[str, Path]:
-    """Member name to a folder with its tokenizer files; an adapter uses its base's. No weight is loaded."""
-    return {
-        spec.name: sources.resolve(spec.source, revision=spec.revision, relative_to=folder, what="tokenizer")
-        for spec in config.specs_on(base)
-    }
-
-
 def check_vocabulary_of(
-    config: FusionRouteConfig, folder: Path, base: str | None = None
+    config: FusionRouteConfig, folder: Path, base: str | None = None, *, leave_out: Container[str] = ()
 ) -> vocabulary.VocabularyReport:
-    """The joint check of all members' tokenizers against the collection's own.
+    """The joint check of the members' tokenizers against the collection's own. No weight is loaded.
+
+    Args:
+        folder: the collection's.
+        base: replaces the base of the adapters.
+        leave_out: names of members that are not checked.
 
     Raises:
         FusionRouteError: two of them map one string to different ids, or share fewer ids than `config.vocab_size`.
     """
-    report = vocabulary.check_vocabularies({"the collection": folder, **tokenizer_folders(config, folder, base)})
+    specs = [spec for spec in config.specs_on(base) if spec.name not in leave_out]
+    report = vocabulary.check_vocabularies({"the collection": folder, **_tokenizer_folders(specs, folder)})
     if report.common < config.vocab_size:
         raise FusionRouteError(
             f"{folder}: the members share {report.common} ids but the collection was made with {config.vocab_size}: "
             "a member's tokenizer is not the one it was made with"
         )
     return report
+
+
+def _tokenizer_folders(specs: Iterable[MemberSpec], relative_to: Path | None) -> dict[str, Path]:
+    """Member name to a folder with its tokenizer files; an adapter uses its base's."""
+    return {
+        spec.name: sources.resolve(spec.source, revision=spec.revision, relative_to=relative_to, what="tokenizer")
+        for spec in specs
+    }
 
 
 def assemble(
@@ -171,23 +200,25 @@ def assemble(
         published: by source, the source and revision to write in its place: where others have the same model from.
 
     Raises:
-        FusionRouteError: a member cannot be had, or tokenizers disagree (before any weight is loaded).
+        UsageError: no experts, two of one name, or `embed` names no member.
+        FusionRouteError: a member cannot be had, tokenizers disagree (before any weight is loaded), an adapter was
+            trained on another base, the head with other experts, or `out` is not empty.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     from fusionroute.card import write_card
+    from fusionroute.members import read_model_config
     from fusionroute.router import RouteHead
 
     specs = [router, *experts]
     if not experts:
         raise UsageError("a collection needs at least one expert")
     check_names([expert.name for expert in experts])
-    strangers = sorted(set(embed) - {spec.name for spec in specs})
+    embedded = set(embed)
+    strangers = sorted(embedded - {spec.name for spec in specs})
     if strangers:
         raise UsageError(f"cannot embed {', '.join(strangers)}: the members are {', '.join(s.name for s in specs)}")
-    tokenizers = {
-        s.name: sources.resolve(s.source, revision=s.revision, relative_to=relative_to, what="tokenizer") for s in specs
-    }
+    tokenizers = _tokenizer_folders(specs, relative_to)
     report = vocabulary.check_vocabularies(tokenizers)
     with staged_folder(out) as scratch:
         kept: list[MemberSpec] = []
@@ -195,75 +226,76 @@ def assemble(
         configs = {}
         for spec in specs:
             folder = sources.resolve(spec.source, revision=spec.revision, relative_to=relative_to)
-            weights.check_model(folder)
-            configs[spec.name] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            configs[spec.name] = read_model_config(folder)
             ends += _end_ids(folder, configs[spec.name])
             spec = replace(spec, digest=weights.digest(folder), license=spec.license or weights.license_of(folder))
             if published and spec.source in published:
                 source, revision = published[spec.source]
                 spec = replace(spec, source=source, revision=revision)
-            elif _is_local(spec.source, relative_to):
-                # A reference to this machine, whatever folder the collection is later read from.
-                spec = replace(spec, source=str(folder.resolve()))
+            else:
+                spec = replace(spec, source=_absolute(spec.source, relative_to))
             if spec.adapter is not None:
                 adapter = sources.resolve(
                     spec.adapter, revision=spec.adapter_revision, relative_to=relative_to, what="adapter"
                 )
                 _check_base_of(spec, adapter)
-                spec = replace(spec, adapter_digest=weights.digest(adapter))
-                copy_adapter(adapter, scratch / spec.module, spec.source)
-                spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None)
-            elif spec.name in embed:
-                _copy_model(folder, scratch / spec.module)
+                copied = scratch / spec.module
+                copy_adapter(adapter, copied, spec.source)
+                # Of the copy, which holds nothing else: a folder with a model too has the model's digest.
+                digest = weights.digest(copied)
+                spec = replace(spec, adapter=f"./{spec.module}", adapter_revision=None, adapter_digest=digest)
+            elif spec.name in embedded:
+                copy_model(folder, scratch / spec.module)
                 spec = replace(spec, source=f"./{spec.module}", revision=None)
             kept.append(spec)
         own = configs[ROUTER]
-        vocab = min([report.common, *(c.vocab_size for c in configs.values())])
+        names, width = [expert.name for expert in experts], own.hidden_size
+        route_head = RouteHead(width, names) if head is None else RouteHead.load(head, names, width)
         config = FusionRouteConfig(
-            vocab_size=vocab,
+            vocab_size=min([report.common, *(c.vocab_size for c in configs.values())]),
             alpha=alpha,
-            head_trained=head is not None,
+            head_trained=route_head.trained,
             training=training,
-            hidden_size=own.hidden_size,
+            hidden_size=width,
             num_hidden_layers=own.num_hidden_layers,
             num_attention_heads=own.num_attention_heads,
             max_position_embeddings=min(getattr(c, "max_position_embeddings", 1 << 30) for c in configs.values()),
-            bos_token_id=own.bos_token_id,
+            bos_token_id=getattr(own, "bos_token_id", None),
             eos_token_id=sorted(set(ends)) or None,
             architectures=["FusionRouteForCausalLM"],
         )
         config.set_members(kept[0], kept[1:])
         # Copied, not loaded and saved: transformers picks a tokenizer class by model type and may rewrite the rules.
         copy_tokenizer(tokenizers[ROUTER], scratch)
-        config.pad_token_id = AutoTokenizer.from_pretrained(scratch).pad_token_id
+        pad = AutoTokenizer.from_pretrained(scratch).pad_token_id
+        config.pad_token_id = pad if pad is not None and pad < config.vocab_size else None
         config.save_pretrained(scratch)
-        _write_generation_config(scratch, tokenizers[ROUTER], config)
+        has_own = (tokenizers[ROUTER] / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(tokenizers[ROUTER]) if has_own else GenerationConfig()
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(generation, key, getattr(config, key))
+        _write_generation_config(generation, scratch)
         (scratch / ROUTER).mkdir(exist_ok=True)
-        names, width = config.expert_names, config.hidden_size
-        route_head = RouteHead(width, names) if head is None else RouteHead.load(head, names, width)
         route_head.save(scratch / ROUTER)
         write_card(scratch, config)
     return config
 
 
-def _write_generation_config(out: Path, router: Path, config: FusionRouteConfig) -> None:
-    """The router's generation config; a text ends at any member's end id."""
-    from transformers import GenerationConfig
+def _absolute(source: str, relative_to: Path | None) -> str:
+    """A reference to this machine is a whole path, whatever folder the collection is later read from."""
+    return str(sources.Source.parse(source, relative_to=relative_to).absolute(relative_to))
 
-    if (router / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(router)
-    else:
-        generation = GenerationConfig()
-    generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
-    generation.pad_token_id = config.pad_token_id
-    generation.save_pretrained(out)
+
+def _write_generation_config(generation: "GenerationConfig", out: Path) -> None:
+    # transformers would not save one with settings that exclude each other, and published models have such.
+    write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
 def _end_ids(folder: Path, config: Any) -> list[int]:
     """End ids of one member, from its generation config if it has one."""
     path = folder / "generation_config.json"
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    ends = config.eos_token_id if ends is None else ends
+    ends = getattr(config, "eos_token_id", None) if ends is None else ends
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
@@ -276,43 +308,6 @@ def _check_base_of(spec: MemberSpec, adapter: Path) -> None:
             f"{spec.name}: adapter {adapter} was trained on a base with digest {trained_on}, but {spec.source} has "
             f"{spec.digest}: name the base it was trained on"
         )
-
-
-def _is_local(source: str, relative_to: Path | None = None) -> bool:
-    return sources.Source.parse(source, relative_to=relative_to).kind == "local"
-
-
-def copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copy the tokenizer's files; a large vocabulary without its line breaks is two thirds of the size."""
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    if (folder / "tokenizer.json").is_file():
-        compact = json.dumps(read_json(folder / "tokenizer.json"), ensure_ascii=False, separators=(",", ":"))
-        (out / "tokenizer.json").write_text(compact, encoding="utf-8")
-
-
-def copy_adapter(folder: Path, out: Path, source: str) -> None:
-    """Copy an adapter on `source` without the paths of the machine it was trained on."""
-    out.mkdir()
-    shutil.copyfile(folder / "adapter_model.safetensors", out / "adapter_model.safetensors")
-    if (folder / PROVENANCE).is_file():
-        provenance = read_json(folder / PROVENANCE)
-        base = provenance.get("base")
-        # A path of the machine that trained it is nobody else's business; the digest says which base it was.
-        path = base is not None and sources.Source.parse(base, relative_to=out).kind == "local"
-        write_json(out / PROVENANCE, provenance | {"base": None if path else base})
-    # PEFT wrote the path it trained from, which means nothing elsewhere; a Hub id lets PEFT load it on its own.
-    config = read_json(folder / "adapter_config.json")
-    hub = sources.Source.parse(source, relative_to=out).kind == "hub"
-    write_json(out / "adapter_config.json", config | {"base_model_name_or_path": source if hub else None})
-
-
-def _copy_model(folder: Path, out: Path) -> None:
-    out.mkdir()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and path.is_file():
-            shutil.copyfile(path, out / path.name)
 
 
 def record_scores(folder: Path, scores: dict[str, Any]) -> None:
@@ -332,20 +327,28 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
     they are embedded, and the route head are written from memory. Referenced models stay references unless `embed`.
 
     Raises:
+        UsageError: a whole router was changed in memory, and is a reference or shares its weights with an expert.
         FusionRouteError: `out` is not empty, or the disk is full.
     """
     from fusionroute.card import write_card
     from fusionroute.members import holds
     from fusionroute.router import save_router_adapter
 
+    assert model.folder is not None
     config = FusionRouteConfig.from_dict(model.config.to_dict())
     config.architectures = ["FusionRouteForCausalLM"]
-    with staged_folder(out, replace=False) as scratch:
+    config.head_trained = model.router.route_head.trained
+    with staged_folder(out) as scratch:
         kept = []
         copies: dict[tuple[str, str | None], str] = {}
         for spec, member in zip(config.member_specs, model.members, strict=True):
             folder = scratch / spec.module
             embedded = embed or spec.source.startswith("./")
+            changed = spec.is_router and spec.adapter is None and not holds(member.model, member.folder)
+            if changed and not embedded:
+                raise UsageError(
+                    f"the router was changed in memory, but the collection refers to {spec.source}: pass embed=True"
+                )
             if spec.adapter is not None:
                 assert member.adapter_folder is not None
                 copy_adapter(member.adapter_folder, folder, spec.source)
@@ -356,38 +359,40 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
             if embedded:
                 key = (spec.source, spec.revision)
                 if key not in copies:
-                    copies[key] = _embed(member, spec, scratch, config)
+                    copies[key] = _embed(member, spec, scratch, config, changed)
                 name = copies[key]
                 spec = replace(spec, source=f"./{name}", revision=None, digest=weights.digest(scratch / name))
-            elif spec.is_router and spec.adapter is None and not holds(member.model, member.folder):
-                raise UsageError(
-                    f"the router was changed in memory, but the collection refers to {spec.source}: pass embed=True"
-                )
+            else:
+                spec = replace(spec, source=_absolute(spec.source, model.folder))
             kept.append(spec)
         config.set_members(kept[0], kept[1:])
         config.save_pretrained(scratch)
-        model.generation_config.save_pretrained(scratch)
+        _write_generation_config(model.generation_config, scratch)
         (scratch / ROUTER).mkdir(exist_ok=True)
         model.router.route_head.save(scratch / ROUTER)
-        assert model.folder is not None
         copy_tokenizer(model.folder, scratch)
         write_card(scratch, config)
 
 
-def _embed(member: Any, spec: MemberSpec, out: Path, config: FusionRouteConfig) -> str:
+def _embed(member: "Member", spec: MemberSpec, out: Path, config: FusionRouteConfig, changed: bool) -> str:
     """Put a member's weights into the collection and return their folder's name.
 
-    Files are copied; only a whole router that has changed in memory is written from there.
+    Files are copied; only a whole router that has `changed` in memory is written from there.
     """
-    from fusionroute.members import holds
-
+    assert member.folder is not None
     users = [s for s in config.member_specs if (s.source, s.revision) == (spec.source, spec.revision)]
+    if changed and len(users) > 1:
+        others = ", ".join(s.name for s in users if s.name != spec.name)
+        raise UsageError(
+            f"the router was changed in memory, but {spec.source} is the weights of {others} too, which are never "
+            "altered: load the router from a copy of its own"
+        )
     name = spec.module
     if any(s.adapter for s in users):
         name = next(n for n in ("base", *(f"base_{i}" for i in range(2, 100))) if not (out / n).exists())
-    if spec.is_router and len(users) == 1 and spec.adapter is None and not holds(member.model, member.folder):
+    if changed:
         member.model.save_pretrained(out / name)
         copy_tokenizer(member.folder, out / name)
     else:
-        _copy_model(member.folder, out / name)
+        copy_model(member.folder, out / name)
     return name

@@ -32,7 +32,8 @@ class MemberSpec:
         adapter_digest: digest of the adapter.
         description: one line for people.
         license: SPDX name, as the member's card says.
-        device, dtype, attention: where and how it runs if nothing else is asked for; None is as it comes.
+        device, dtype, attention: where and how it runs if nothing else is asked for; None is as it comes. `int8` and
+            `int4` as dtype quantise an expert.
     """
 
     name: str
@@ -63,6 +64,16 @@ class MemberSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "MemberSpec":
+        """A member as `config.json` has it.
+
+        Raises:
+            FusionRouteError: it is no object, has unknown keys, or lacks its name or source.
+            UsageError: its name is none for a module.
+        """
+        if not isinstance(data, dict):
+            raise FusionRouteError(
+                f"config.json: member {data!r} must be an object with name and source; experts are a list of them"
+            )
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         missing = sorted({"name", "source"} - set(data))
         if unknown or missing:
@@ -85,8 +96,12 @@ def check_names(names: list[str]) -> None:
 
 def absolute_source(source: str) -> str:
     """A source written as a path, or that is one, as an absolute path; any other as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() or source.startswith((".", "/", "~")) else source
+    written, marker, sha256 = source.partition("#sha256=")
+    if not written:
+        return source  # no source at all, and not the working folder either
+    path = Path(written).expanduser()
+    is_path = path.exists() or written.startswith((".", "/", "~"))
+    return str(path.resolve()) + marker + sha256 if is_path else source
 
 
 class FusionRouteConfig(PreTrainedConfig):
@@ -165,6 +180,11 @@ class FusionRouteConfig(PreTrainedConfig):
         ]
 
     def set_members(self, router: MemberSpec, experts: list[MemberSpec]) -> None:
+        """Replace the members; copies are kept.
+
+        Raises:
+            UsageError: two experts have one name, or one is called like the router.
+        """
         check_names([expert.name for expert in experts])
         self.router = asdict(router)
         self.experts = [asdict(expert) for expert in experts]

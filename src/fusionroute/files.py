@@ -55,26 +55,47 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` if the block succeeds and vanishes if it does not.
 
     Raises:
-        FusionRouteError: `target` exists, is not empty and `replace` is false.
+        FusionRouteError: `target` is the working folder; or, if `replace` is false, it has something in it, before the
+            block or after it.
     """
-    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
-        raise FusionRouteError(f"{target} exists already: name another folder or remove it")
+    place = target.resolve()  # where a link leads, for there the room is
+    taken = f"{target} exists already: name another folder or remove it"
+    if place.exists() and not replace and (not place.is_dir() or any(place.iterdir())):
+        raise FusionRouteError(taken)
+    if place.exists() and place.samefile("."):
+        raise FusionRouteError(f"{target} is the working folder, which cannot be put in place whole: name another one")
     with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         try:
             yield scratch
             scratch.chmod(0o755)
-            if target.exists():
-                # A folder cannot be exchanged in one call, so the old one steps aside for the rename.
-                aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-                os.replace(target, aside / "old")
-                os.replace(scratch, target)
-                shutil.rmtree(aside)
+            if replace and place.exists():
+                _exchange(place, scratch)
             else:
-                os.replace(scratch, target)
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # only if it is empty still: the block may have taken hours
+                if place.exists():
+                    raise FusionRouteError(taken)
+                os.replace(scratch, place)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchange(old: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `old`. It takes two renames: if the second fails, the first is undone."""
+    aside = Path(tempfile.mkdtemp(dir=old.parent, prefix=f".{old.name}.old."))
+    try:
+        os.replace(old, aside / "old")
+        try:
+            os.replace(new, old)
+        except OSError:
+            os.replace(aside / "old", old)
+            raise
+        shutil.rmtree(aside)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # but for what could not be put back
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -87,11 +108,13 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        FusionRouteError: the file is missing or half-written; the message names it.
+        FusionRouteError: the file is missing, half-written or may not be read; the message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FusionRouteError(f"{path} is missing") from None
+    except OSError as error:
+        raise FusionRouteError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FusionRouteError(f"{path} is not whole JSON ({error}): remove it or fetch it again") from None

@@ -20,12 +20,19 @@ def route(scores: Tensor) -> Tensor:
     return ((scores == scores.amax(dim=-1, keepdim=True)) * ranks).argmax(dim=-1)
 
 
-def fuse(router_logits: Tensor, expert_logits: Tensor, alpha: float = 1.0) -> Tensor:
+def fuse(router_logits: Tensor, expert_logits: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
     """Eq. 1: `α·ℓ_router + ℓ_expert`, `[..., V] -> [..., V]` float32.
 
     Raw logits and log-probabilities differ by a constant per position, so both give the same distribution.
+
+    Args:
+        alpha: one weight, or one per position as a tensor `[..., 1]`. Where it is 0 the router does not count, whatever
+            its logits are: 0 · ∞ would be no number.
     """
-    return expert_logits.float() if alpha == 0 else expert_logits.float() + alpha * router_logits.float()
+    expert = expert_logits.float()
+    if isinstance(alpha, Tensor):
+        return torch.where(alpha == 0, expert, expert + alpha * router_logits.float())
+    return expert if alpha == 0 else expert + alpha * router_logits.float()
 
 
 def select(expert_logits: Sequence[Tensor], routes: Tensor) -> Tensor:
@@ -48,8 +55,8 @@ class TokenTrace:
     Attributes:
         id: the emitted token.
         text: its text, in a stream the characters it completes.
-        expert: the chosen expert.
-        weights: softmax of the route scores, by expert.
+        expert: the chosen expert; `router` where the router writes alone, `all` where every expert does.
+        weights: softmax of the route scores, by expert; equal where the policy asks for none.
         expert_choice, router_choice, fused_choice: arg-max ids of the expert alone, the router alone, and Eq. 1.
         overruled: the fused arg-max is not the expert's.
         gap: fused log-probability of the emitted token minus the expert's, in nats.

@@ -17,7 +17,15 @@ from fusionroute.errors import FusionRouteError, first_line
 
 
 def convert(gguf: Path, folder: Path, sha256: str) -> None:
-    """Write `gguf` into `folder` as bfloat16 safetensors, config, generation config, tokenizer and a card."""
+    """Write `gguf` into `folder` as bfloat16 safetensors, config, generation config, tokenizer and a card.
+
+    Args:
+        sha256: of the file, for the card.
+
+    Raises:
+        FusionRouteError: it is no GGUF file, cannot be read, or would be read as another model than it is; or the
+            package `gguf` is missing.
+    """
     with gguf.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

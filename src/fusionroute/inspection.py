@@ -40,6 +40,7 @@ class _Found:
     Attributes:
         entry: its part of the report.
         folder: where its weights are; None if they cannot be had.
+        placement: device, dtype and attention that the collection asks for.
         loaded_bytes, adapter_bytes: of base and adapter once loaded.
         layer_bytes: KV bytes of one layer and token.
         windows: per layer that has a KV cache, the number of tokens it keeps; None for all.
@@ -48,6 +49,7 @@ class _Found:
 
     entry: dict[str, Any]
     folder: Path | None = None
+    placement: tuple[str | None, ...] = ()
     loaded_bytes: int = 0
     adapter_bytes: int = 0
     layer_bytes: int = 0
@@ -63,7 +65,8 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
     """All there is to say about the collection in `folder`, as a dict that `json.dumps` takes.
 
     A member, head or vocabulary that is not as it should be does not end the report: its entry has `error`, and
-    `errors(report)` lists them. Memory is in bytes: what loading takes in the files' own dtypes, KV caches likewise.
+    `errors(report)` lists them. Memory is in bytes: what loading takes in the dtypes that the collection asks for, else
+    the files have, KV caches likewise.
 
     Args:
         folder: the collection.
@@ -86,7 +89,7 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
         found.append(_inspect_member(spec, None if spec.is_router else number - 1, folder, base is not None, template))
     _mark_shared(found)
     head, warnings = _inspect_head(folder, config)
-    words = _inspect_vocabulary(folder, config, base, [member.entry for member in found])
+    words = _inspect_vocabulary(folder, config, base, [m.entry["name"] for m in found if "error" in m.entry])
     for member in found:
         warnings += member.warnings
     warnings += [note for note in words.get("notes", []) if "chat template" in note]
@@ -125,14 +128,14 @@ def _inspect_member(
     from fusionroute.members import resolve_member
 
     entry = {"index": index, **asdict(spec), **dict.fromkeys(_FROM_FILES), "shares_base_with": []}
-    member = _Found(entry)
+    member = _Found(entry, placement=(spec.device, spec.dtype, spec.attention))
     try:
         member.folder, adapter = resolve_member(spec, collection)
     except FusionRouteError as error:
         entry["error"] = str(error)
         return member
     try:
-        _read_weights(member, member.folder, adapter)
+        _read_weights(member, member.folder, adapter, spec.dtype)
         found = weights.digest(member.folder)
         entry["digest_matches"] = _compare(member, "model", spec.digest, found, other_base)
         if adapter is not None:
@@ -145,36 +148,43 @@ def _inspect_member(
     return member
 
 
-def _read_weights(member: _Found, folder: Path, adapter: Path | None) -> None:
-    """Fill in what the model's config and the files' headers say."""
-    from transformers import AutoConfig, DynamicCache
+def _read_weights(member: _Found, folder: Path, adapter: Path | None, asked: str | None) -> None:
+    """Fill in what the model's config and the files' headers say; `asked` is the collection's dtype for the member."""
+    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    from fusionroute.members import parse_dtype, read_model_config
+    from fusionroute.quantisation import FORMATS
+
     entry = member.entry
-    tensors = weights.read_tensors(folder).values()
-    entry["parameters"], stored, entry["dtype"] = _measure(tensors)
+    stored_tensors = weights.read_tensors(folder)
+    entry["parameters"], stored, entry["dtype"] = _measure(stored_tensors.values())
     entry["bytes"] = stored
     if adapter is not None:
         tensors = weights.read_header(adapter / "adapter_model.safetensors").values()
         entry["adapter_parameters"], more, _ = _measure(tensors)
         entry["bytes"] += more
+    config = read_model_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
         cache = DynamicCache(config=config)
-    except Exception as error:  # an odd config.json makes transformers stumble in many ways
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        entry["layers"], entry["width"] = text.num_hidden_layers, text.hidden_size
+    except Exception as error:  # a config of an architecture without attention, or with odd values
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise FusionRouteError(f"{folder / 'config.json'} cannot be read by transformers: {reason}") from error
+        raise FusionRouteError(f"{folder / 'config.json'} does not say what a KV cache takes: {reason}") from error
     entry["architecture"] = (config.architectures or [type(config).__name__])[0]
-    entry["layers"], entry["width"] = text.num_hidden_layers, text.hidden_size
 
-    # transformers loads in the dtype of the config, where it has one, and PEFT gives an adapter its base's.
-    dtype = str(getattr(config, "dtype", None) or entry["dtype"]).removeprefix("torch.")
+    # Else transformers loads in the dtype of the config, where it has one; PEFT gives an adapter its base's.
+    wanted = parse_dtype(asked, *FORMATS) or getattr(config, "dtype", None) or entry["dtype"]
+    dtype = str(wanted).removeprefix("torch.")
     size = _BYTES.get(dtype, 2)
     member.loaded_bytes = stored if dtype == entry["dtype"] else entry["parameters"] * size
+    if asked in FORMATS:
+        blocks = [t for name, t in stored_tensors.items() if len(t.shape) == 2 and "layers." in name]
+        member.loaded_bytes -= (size - 1) * sum(prod(tensor.shape) for tensor in blocks)
     member.adapter_bytes = (entry["adapter_parameters"] or 0) * size
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     member.layer_bytes = 2 * heads * head_dim * size
     # A sliding layer keeps what the next token still sees: its window less that token.
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers if isinstance(layer, DynamicLayer)]
@@ -242,28 +252,24 @@ def _inspect_head(folder: Path, config: "FusionRouteConfig") -> tuple[dict[str, 
 
 
 def _inspect_vocabulary(
-    folder: Path, config: "FusionRouteConfig", base: str | None, entries: list[dict[str, Any]]
+    folder: Path, config: "FusionRouteConfig", base: str | None, broken: list[str]
 ) -> dict[str, Any]:
-    """The joint check, among the members that can be read."""
+    """The joint check, without the `broken` members, which cannot be read."""
     from fusionroute import collection
-    from fusionroute.configuration import FusionRouteConfig
 
-    broken = {entry["name"] for entry in entries if "error" in entry}
-    readable = [spec for spec in config.member_specs if spec.name not in broken]
-    notes = [f"{name} cannot be read and was not checked" for name in sorted(broken)]
-    if not readable:
+    if len(broken) == len(config.member_specs):
         return {"error": "no member can be read"}
-    part = FusionRouteConfig(vocab_size=config.vocab_size)
-    part.set_members(readable[0], readable[1:])
     try:
-        report = collection.check_vocabulary_of(part, folder, base)
+        report = collection.check_vocabulary_of(config, folder, base, leave_out=broken)
     except FusionRouteError as error:
         return {"error": str(error)}
+    notes = [f"{name} cannot be read and was not checked" for name in sorted(broken)]
     return {"common": report.common, "sizes": report.sizes, "notes": [*report.notes, *notes]}
 
 
 def _memory(found: list[_Found], config: "FusionRouteConfig") -> dict[str, Any]:
-    bases = {member.folder: member.loaded_bytes for member in found if member.folder is not None}
+    # As `members.load_members` shares them: one copy for those on one base that are placed alike.
+    bases = {(member.folder, member.placement): member.loaded_bytes for member in found}
     head = 4 * len(config.expert_names) * config.hidden_size
     per_token = {member.entry["name"]: member.kv_bytes(1) for member in found if member.windows}
     notes = []

@@ -18,6 +18,7 @@ class Head:
     they are applied here from the configuration, and `check` compares the result with the model itself.
 
     Args:
+        vocab_size: ids whose logits are given, the first of the vocabulary; None is all.
         linear: to multiply with in place of the model's own output embeddings.
     """
 

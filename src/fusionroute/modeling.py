@@ -36,7 +36,8 @@ class FusionRouteOutput(ModelOutput):
         past_key_values: the `FusionCache`.
         scores: route scores `[B, K, n]` float32; None if the router did not run.
         routes: chosen experts `[B, K]`; −1 where `routing="uniform"` chose none.
-        router_logits, expert_logits: the two terms of Eq. 1, `[B, K, V]`.
+        router_logits, expert_logits: the two terms of Eq. 1, `[B, K, V]`; the router's is None if it did not run.
+        hidden_states, attentions: always None: members differ in both. `generate` asks for them.
     """
 
     loss: Tensor | None = None
@@ -93,6 +94,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         return None
 
     def new_cache(self) -> FusionCache:
+        """An empty cache of all members, for `forward` and `generate`."""
         return FusionCache({member.name: member.config for member in self.members})
 
     # ------------------------------------------------------------------------------------------------- forward
@@ -132,9 +134,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         assert input_ids is not None
         alpha = self.config.alpha if alpha is None else alpha
         forced = None if expert is None else self.config.expert_index(expert)
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = self.new_cache()
+        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         seen = 0 if cache is None else cache.get_seq_length()
         inputs = {
             "input_ids": input_ids,
@@ -171,8 +171,6 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
                 for member in running
             ]
         each = [logits[..., : self.config.vocab_size].to(self.device) for logits in each]
-        if cache is not None:
-            cache.advance(names, input_ids.shape[1])
         shape = each[0].shape[:2]
 
         if forced is not None:
@@ -187,10 +185,12 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             expert_logits = fusion.select(each, routes)
         logits = expert_logits.float() if router_logits is None else fusion.fuse(router_logits, expert_logits, alpha)
         if cache is not None:
+            cache.advance(names, input_ids.shape[1])
             cache.record(routes, torch.arange(seen, seen + input_ids.shape[1], device=routes.device)[kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            items = kwargs.get("num_items_in_batch")  # what a Trainer wants divided by, if it accumulates gradients
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=items)
         return FusionRouteOutput(
             loss=loss,
             logits=logits,
@@ -211,9 +211,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             raise UsageError("pass input_ids: members differ in width, so they cannot share inputs_embeds")
         if routing not in ("token", "query", "uniform"):
             raise UsageError(f"routing must be token, query or uniform, not {routing!r}")
-        if past_key_values is not None and not isinstance(past_key_values, FusionCache):
-            kind = type(past_key_values).__name__
-            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {kind}")
+        _require_fusion_cache(past_key_values)
         if input_ids.numel() and int(input_ids.max()) >= self.config.vocab_size:
             raise UsageError(f"token id {int(input_ids.max())}: the members share {self.config.vocab_size} ids")
 
@@ -249,9 +247,7 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.get("routing") == "query" and prompt is not None:
             kwargs.setdefault("prompt_length", prompt.shape[1])
-        given = kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, FusionCache):
-            raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {type(given).__name__}")
+        _require_fusion_cache(kwargs.get("past_key_values"))
         output = super().generate(inputs, *args, **kwargs)
         cache = getattr(output, "past_key_values", None)
         if isinstance(cache, FusionCache) and cache.routes is not None:
@@ -310,6 +306,8 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a collection: a folder, a Hub id, or the name of a packaged one; None is the default collection.
 
         Args:
+            config: in place of the collection's own; the members are those it names.
+            revision: branch, tag or commit of a Hub id.
             dtype: of all members; None takes what the collection says of each, else what their files hold.
             device, attn_implementation: likewise.
             placement: by name, of members that differ from the others. The router's device is the collection's: inputs
@@ -331,9 +329,8 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         )
         members = load_members(config.specs_on(base), folder, options)
         router = members[0]
-        head = RouteHead.load(
-            folder / ROUTER, config.expert_names, head_width(router.model), next(router.parameters()).device
-        )
+        width, place = head_width(router.model), router.model.device
+        head = RouteHead.load(folder / ROUTER, config.expert_names, width, place)
         if alpha is not None:
             config.alpha = alpha
         model = cls(config, Router(router, head), members[1:])
@@ -342,7 +339,11 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory: str | Path, *, embed: bool = False, **kwargs: Any) -> None:
-        """Write the collection; see `fusionroute.collection.save` for what is embedded and what referenced."""
+        """Write the collection; see `fusionroute.collection.save` for what is embedded and what referenced.
+
+        With `push_to_hub=True` it is uploaded too, as `repo_id` (default: the folder's name); other arguments are then
+        those of `push_to_hub`, and else ignored: what transformers' callers pass is about weights.
+        """
         push = kwargs.pop("push_to_hub", False)
         if push and not embed:
             hub.refuse_local(self.config)
@@ -351,7 +352,9 @@ class FusionRouteForCausalLM(PreTrainedModel, GenerationMixin):
             hub.upload(Path(save_directory), kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, *, embed: bool = False, **kwargs: Any) -> str:
-        """Upload the collection and return its address.
+        """Upload the collection to the main branch of a Hub repository and return its address.
+
+        `kwargs` are `private`, `token` and `commit_message`.
 
         Raises:
             UsageError: a member is referenced by a local path that others do not have, and `embed` is false.
@@ -364,6 +367,11 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
     if position_ids is not None or attention_mask is None or attention_mask.dim() != 2:
         return position_ids
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+
+
+def _require_fusion_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, FusionCache):
+        raise UsageError(f"past_key_values must be a FusionCache (model.new_cache()), not {type(cache).__name__}")
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:

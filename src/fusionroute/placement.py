@@ -11,6 +11,8 @@ from fusionroute.errors import UsageError
 class Placement:
     """One member's device, dtype and attention implementation; None leaves it as for the others.
 
+    `int8` and `int4` as dtype round the weights of an expert that is a whole model (`fusionroute.quantisation`).
+
     Members on one base share its weights only where all three are the same.
     """
 

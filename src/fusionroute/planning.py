@@ -16,24 +16,16 @@ from fusionroute.dimensions import Dimensions, find_dimensions
 from fusionroute.errors import UsageError
 from fusionroute.sections import ExpertSection, Recipe, load_recipe
 from fusionroute.training.annotation import BATCH_TOKENS
+from fusionroute.training.formats import PAIRED
 from fusionroute.training.logprobs import CHUNK
 from fusionroute.training.lora import LoraSettings
 from fusionroute.training.rows import DataSpec, load_counted
 
-
-class Gpu(NamedTuple):
-    """A GPU by its data sheet: dense bfloat16 FLOP/s, and bytes of memory."""
-
-    flops: float
-    memory: float
-
-
-GPUS = {"A100": Gpu(312e12, 80e9), "H100": Gpu(989e12, 80e9)}
+GPUS = {"A100": 312e12, "H100": 989e12}  # dense bfloat16 FLOP/s of the data sheets
 MFU = 0.4  # share of a GPU's data-sheet FLOP/s that training and annotating get
 # Mean tokens of a row whose file is not at hand: bytes of text in open-perfectblend and OpenHermesPreferences ÷ 4.
 ROW_TOKENS, PAIR_TOKENS = 520, 850
 CHARACTERS = 4  # a token, of rows that are at hand
-PAIRED = ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAM = 16  # bytes a trained number takes: float32 weight, gradient and two moments
 CHECKPOINT = 12  # of them in a checkpoint, of which two are kept while a third is written
@@ -146,8 +138,10 @@ class Planner:
         return self._texts[key]
 
     def _measure(self, spec: DataSpec) -> tuple[Text, str]:
-        paired = spec.format in PAIRED
-        if spec.split is None and ((self.data or Path()) / Path(spec.path).expanduser()).is_file():
+        paired, path = spec.format in PAIRED, Path(spec.path).expanduser()
+        # As `find_rows` looks for it: without --data a relative path is nowhere.
+        located = self.data is not None or path.is_absolute()
+        if spec.split is None and located and ((self.data or Path()) / path).is_file():
             rows, _ = load_counted(spec, self.data)
             sides = [_sides(row) for row in rows]
             limit = self.recipe.max_length
@@ -177,6 +171,8 @@ class Planner:
                 found += self._annotation(name, texts, reference=name == "cdpo")
                 found.append(self._training(name, "training", texts, phase.training, self.router, self.lora))
                 kept = found[-1].kept
+                if phase.training.get("route_loss") == "renormalized":
+                    self.notes.append(f"{name}: route_loss renormalized runs every expert at each step, not counted")
             # A trained router is copied into the collection.
             found.append(Stage("collection-sft" if name == "sft" else "collection", "assembling", kept=kept))
         found += self._baselines()
@@ -335,7 +331,7 @@ def make_plan(recipe: Recipe, out: Path, data: Path | None = None, *, gpus: int 
         "router_lora": None if planner.lora is None else planner.lora.model_dump(),
         "data": planner.data_sets,
         "stages": [
-            asdict(stage) | {"hours": {name: stage.flops / (gpu.flops * MFU) / 3600 for name, gpu in GPUS.items()}}
+            asdict(stage) | {"hours": {name: stage.flops / (rate * MFU) / 3600 for name, rate in GPUS.items()}}
             for stage in stages
         ],
         "downloads": downloads,

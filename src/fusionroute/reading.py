@@ -24,6 +24,8 @@ def read(
 ) -> Tensor:
     """Logits `[B, keep, V]` at the last positions of rows `ids [B, T]` that `mask [B, T]` says are padded on the left.
 
+    In float32; where the router is alone, in its own dtype.
+
     Args:
         policy: expert, alpha and routing, as in `Request`; expert `router` is the router alone.
         prompt_length: columns of the prompt, at whose end `routing="query"` decides.

@@ -12,16 +12,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fusionroute import sources, weights
-from fusionroute.configuration import ROUTER, MemberSpec, absolute_source
+from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, absolute_source
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_file, write_json
 from fusionroute.sections import ExpertSection, PhaseSection, Recipe, load_recipe
 from fusionroute.training import processes
 from fusionroute.training.rows import DataSpec, load_counted
+
+if TYPE_CHECKING:
+    from fusionroute.members import LoadOptions
+    from fusionroute.training.data import Item
+    from fusionroute.training.overlap import BenchmarkIndex
 
 COLLECTION = "collection"  # the folder of the finished one
 
@@ -89,20 +95,18 @@ class Run:
             )
         return self._rows[key]
 
-    @property
-    def index(self) -> Any:
+    @cached_property
+    def index(self) -> "BenchmarkIndex":
         """The benchmarks' test items."""
         from fusionroute.training.overlap import BenchmarkIndex, benchmark_files
 
-        if not hasattr(self, "_index"):
-            if self.recipe.benchmarks is not None:
-                files = [(self.data or Path()) / name for name in self.recipe.benchmarks]
-            else:
-                files = benchmark_files(self.data) if self.data is not None else []
-            if not files and self.recipe.benchmarks is None:
+        if self.recipe.benchmarks is not None:
+            files = [(self.data or Path()) / name for name in self.recipe.benchmarks]
+        else:
+            files = benchmark_files(self.data) if self.data is not None else []
+            if not files:
                 say("no benchmark test files under --data: the check for shared text has nothing to compare with")
-            self._index = BenchmarkIndex.from_files(files)
-        return self._index
+        return BenchmarkIndex.from_files(files)
 
     # ---- the recipe
 
@@ -136,7 +140,7 @@ class Run:
         specs = [spec for expert in recipe.experts for spec in expert.data] + recipe.sft.data
         return specs + (recipe.cdpo.data if recipe.cdpo is not None else [])
 
-    def _options(self) -> Any:
+    def _options(self) -> "LoadOptions":
         import torch
 
         from fusionroute.members import LoadOptions
@@ -146,10 +150,6 @@ class Run:
     def _expert(self, section: ExpertSection, base_digest: str) -> MemberSpec:
         recipe = self.recipe
         if section.data:
-            if section.source or section.adapter:
-                raise UsageError(
-                    f"expert {section.name}: an expert with data is trained on the base; drop source/adapter"
-                )
             rows = self.rows(section.data, f"expert {section.name}")
             folder = self.out / "experts" / section.name
             inputs = [base_digest, digest_rows(rows), section.model_dump(), recipe.dtype, recipe.max_length]
@@ -198,11 +198,11 @@ class Run:
         router = self.start if phase is None else router_spec(self.start, phase / "router")
         head = None if phase is None else phase / "router"
         inputs = [
-            [[e.name, e.source, e.revision, _adapter_digest(e.adapter), e.description] for e in experts],
-            [router.source, _adapter_digest(router.adapter), None if head is None else _head_digest(head)],
+            [[e.name, e.source, e.revision, *_digests(e), e.description] for e in experts],
+            [router.source, *_digests(router), None if head is None else _head_digest(head)],
             training,
             self.recipe.alpha,
-            self.recipe.base,
+            [self.recipe.base, self.recipe.revision],
         ]
 
         def work(_run: Path) -> None:
@@ -224,7 +224,12 @@ class Run:
 
         return self.stage(name, inputs, work)
 
-    def items(self, specs: list[DataSpec], what: str, collection: Path) -> Any:
+    def items(self, specs: list[DataSpec], what: str, collection: Path) -> "tuple[FusionRouteConfig, list[Item]]":
+        """The configuration of `collection`, and the rows of `specs` as its tokenizer renders them, not annotated.
+
+        Raises:
+            FusionRouteError: as `tokenize_rows` and `find_rows`.
+        """
         from fusionroute.collection import load_tokenizer, read_config
         from fusionroute.training.data import tokenize_rows
 
@@ -244,8 +249,6 @@ class Run:
         from fusionroute.training.data import digest_sequences
 
         config, items = self.items(section.data, f"router {name}", collection)
-        if name == "sft" and any(item.is_pair for item in items):
-            raise UsageError("sft.data holds preference pairs; they belong to cdpo.data")
         lora = self.recipe.router.lora
         inputs = [
             [[s.digest, s.adapter_digest] for s in config.member_specs],
@@ -255,7 +258,7 @@ class Run:
             None if lora is None else lora.model_dump(),
             self.recipe.dtype,
         ]
-        common = {"arguments": section.training, "options": self._options()}
+        common: dict[str, Any] = {"arguments": section.training, "options": self._options()}
         out, annotations = self.out / name / "router", self.out / "annotations"
         if name == "sft":
             return self.stage(
@@ -268,7 +271,7 @@ class Run:
         )
 
     def _heldout(self, collection: Path) -> None:
-        from fusionroute.collection import record_scores
+        from fusionroute.collection import read_config, record_scores
         from fusionroute.training.heldout import scores
 
         def work(_run: Path) -> None:
@@ -276,7 +279,6 @@ class Run:
             write_json(self.out / "heldout" / "routing.json", result)
             with staged_file(self.out / "heldout" / "routing.md") as scratch:
                 scratch.write_text(text, encoding="utf-8")
-            record_scores(collection, scores(result))
             say(text)
 
         inputs = [
@@ -284,14 +286,18 @@ class Run:
             digest_rows(self.rows(self.recipe.heldout, "held out")),
             self.recipe.max_length,
         ]
-        self.stage("heldout", inputs, work)
+        folder = self.stage("heldout", inputs, work)
+        # Not in `work`: a collection that was put together anew, with another description say, has no scores any more.
+        found = scores(read_json(folder / "routing.json"))
+        if (read_config(collection).training or {}).get("scores") != found:
+            record_scores(collection, found)
 
 
 def measure_heldout(run: Run, collection: Path, base: str | None = None) -> tuple[dict[str, Any], str]:
     """Routing figures of `collection` on the recipe's held-out rows: the JSON and its Markdown."""
     from fusionroute.modeling import FusionRouteForCausalLM
+    from fusionroute.progress import quiet
     from fusionroute.training import heldout
-    from fusionroute.training.running import quiet
 
     _, items = run.items(run.recipe.heldout, "held out", collection)
     with quiet():
@@ -304,8 +310,10 @@ def digest_rows(rows: list[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _adapter_digest(adapter: str | None) -> str | None:
-    return None if adapter is None else weights.digest(sources.resolve(adapter, what="adapter"))
+def _digests(spec: MemberSpec) -> tuple[str, str | None]:
+    """Of the member's weights as they are now, and of its adapter: a source may name a folder whose files change."""
+    adapter = None if spec.adapter is None else weights.digest(sources.resolve(spec.adapter, what="adapter"))
+    return weights.digest(sources.resolve(spec.source, revision=spec.revision)), adapter
 
 
 def _head_digest(folder: Path) -> str:

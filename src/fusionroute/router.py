@@ -47,7 +47,8 @@ class RouteHead(nn.Linear):
         """Read the head from `folder`.
 
         Raises:
-            FusionRouteError: missing or half-written, of another width, or trained with other experts or another order.
+            FusionRouteError: missing, half-written or not finite, of another width, or trained with other experts or
+                another order.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -57,21 +58,22 @@ class RouteHead(nn.Linear):
         try:
             with safe_open(path, "pt") as file:
                 weight, metadata = file.get_tensor("weight"), file.metadata() or {}
-        except SafetensorError as error:
+            about = json.loads(metadata.get("route_head", "{}"))
+        except (SafetensorError, ValueError) as error:
             raise FusionRouteError(f"{path} is not whole ({error}): fetch the collection again") from error
-        about = json.loads(metadata.get("route_head", "{}"))
         order = about.get("experts", [])
         if order != list(experts):
             raise FusionRouteError(
                 f"{path} was trained with experts {', '.join(order)} in this order, config.json lists "
-                f"{', '.join(experts)}: "
-                "put them back in the head's order or train the router again"
+                f"{', '.join(experts)}: put them back in the head's order or train the router again"
             )
         if weight.shape != (len(order), hidden_size):
             raise FusionRouteError(
                 f"{path} has shape {list(weight.shape)}, the router needs {[len(order), hidden_size]}: "
                 "head and router belong to different models"
             )
+        if not weight.isfinite().all():
+            raise FusionRouteError(f"{path} has weights that are not finite: fetch it again, or train the router again")
         head = cls(hidden_size, experts, device)
         head.weight.data.copy_(weight)
         head.trained = about.get("trained", True)

@@ -7,6 +7,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from fusionroute.configuration import MemberSpec, check_names
 from fusionroute.errors import UsageError
 from fusionroute.training.lora import LoraSettings
 from fusionroute.training.rows import DataSpec
@@ -14,6 +15,11 @@ from fusionroute.training.rows import DataSpec
 
 class _Section(pydantic.BaseModel, extra="forbid"):
     pass
+
+
+def _check_revision(source: str | None, revision: str | None) -> None:
+    if revision is not None and source is None:
+        raise ValueError(f"revision {revision} is of no source; the base's stands beside base, at the top")
 
 
 class ExpertSection(_Section):
@@ -28,6 +34,13 @@ class ExpertSection(_Section):
     lora: LoraSettings = LoraSettings()
     training: dict[str, Any] = {}
 
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> "ExpertSection":
+        if self.data and (self.source or self.adapter):
+            raise ValueError("an expert with data is trained on the base: drop source and adapter")
+        _check_revision(self.source, self.revision)
+        return self
+
 
 class RouterSection(_Section):
     """The router: where it starts from, and whether an adapter or every weight trains.
@@ -40,6 +53,11 @@ class RouterSection(_Section):
     source: str | None = None  # None: the recipe's base
     revision: str | None = None
     lora: LoraSettings | None = LoraSettings(r=16, alpha=32)
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> "RouterSection":
+        _check_revision(self.source, self.revision)
+        return self
 
 
 class PhaseSection(_Section):
@@ -77,7 +95,7 @@ class RewardSection(_Section):
 class Recipe(_Section):
     """A whole recipe; every key is commented in `recipes/smollm2.yaml`."""
 
-    name: str = Field(pattern=r"[a-z][a-z0-9._-]*")
+    name: str = Field(pattern=r"^[a-z][a-z0-9._-]*$")  # unanchored, pydantic looks for it anywhere
     base: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -107,6 +125,16 @@ class Recipe(_Section):
             raise ValueError(f"router.lora: the router goes on with the adapter of {start} in its shape: drop lora")
         return self
 
+    @pydantic.field_validator("experts")
+    @classmethod
+    def _names_of_members(cls, experts: list[ExpertSection]) -> list[ExpertSection]:
+        # Now, and not when the first collection is made of experts that took days to train.
+        try:
+            check_names([MemberSpec(expert.name, expert.source or "").name for expert in experts])
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return experts
+
     @pydantic.field_validator("rewards")
     @classmethod
     def _one_of_each_name(cls, rewards: list[RewardSection]) -> list[RewardSection]:
@@ -120,12 +148,14 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        UsageError: missing, not YAML, or an unknown or impossible key; one line that names it.
+        UsageError: missing, unreadable, not YAML, or an unknown or impossible key; one line that names it.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: name a recipe file, such as recipes/smollm2.yaml") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:

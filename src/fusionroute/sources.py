@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,15 +43,17 @@ _HUB = re.compile(r"(?P<location>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^\\]+\
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_FILES: dict[What, list[str]] = {
     "model": ["*.safetensors", *_TOKENIZER_FILES, "README.md"],
-    "adapter": ["adapter_config.json", "adapter_model.safetensors", "README.md"],
+    # Its provenance says which base it was trained on.
+    "adapter": ["adapter_config.json", "adapter_model.safetensors", "provenance.json", "README.md"],
     "tokenizer": _TOKENIZER_FILES,
     "collection": ["*.safetensors", *_TOKENIZER_FILES, "README.md"],
 }
-# Sub-folders hold other formats (onnx/, original/), and consolidated*.safetensors a second copy of all weights.
+# Sub-folders hold other formats (onnx/, original/), and consolidated*.safetensors a second copy of all weights; an
+# adapter beside a model would be loaded on top of it.
 _HUB_IGNORED: dict[What, list[str]] = {
-    "model": ["*/*", "consolidated*"],
+    "model": ["*/*", "consolidated*", "adapter_*"],
     "adapter": ["*/*"],
-    "tokenizer": ["*/*", "*.safetensors.index.json"],
+    "tokenizer": ["*/*", "*.safetensors.index.json", "adapter_*"],
     "collection": [],
 }
 
@@ -107,6 +109,21 @@ class Source:
             )
         return cls("hub", match["location"], match["file"], fragment)
 
+    def path(self, relative_to: Path | None = None) -> Path:
+        """Where a local source is: `~` expanded, a relative path from `relative_to` (default: the working folder)."""
+        return (relative_to or Path()) / os.path.expanduser(self.location)
+
+    def absolute(self, relative_to: Path | None = None) -> "Source":
+        """What means the same wherever it is read: a local source by its whole path, any other as it is."""
+        if self.kind != "local":
+            return self
+        return replace(self, location=str(self.path(relative_to).resolve()))
+
+
+def is_inside(source: str) -> bool:
+    """Whether a collection that names this source has the folder inside itself: `./folder` is how it writes that."""
+    return source.startswith("./") and ".." not in source.split("/")
+
 
 def resolve(source: str, *, revision: str | None = None, relative_to: Path | None = None, what: What = "model") -> Path:
     """Make `source` a local folder in transformers' layout, downloading and converting what is needed, once.
@@ -128,7 +145,7 @@ def resolve(source: str, *, revision: str | None = None, relative_to: Path | Non
     parsed = Source.parse(source, relative_to=relative_to)
     if revision is not None and parsed.kind != "hub":
         raise UsageError(f"revision {revision!r} goes with a Hub source, and {source} is a {parsed.kind} one: drop it")
-    path = (relative_to or Path()) / os.path.expanduser(parsed.location) if parsed.kind == "local" else None
+    path = parsed.path(relative_to) if parsed.kind == "local" else None
     is_gguf = parsed.file is not None or (path is not None and path.suffix.lower() == ".gguf" and not path.is_dir())
     if is_gguf and what == "adapter":
         raise UsageError(f"{source} is a GGUF file: an adapter is a folder with adapter_model.safetensors")

@@ -150,8 +150,9 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
 
     import yaml
 
+    from fusionroute.progress import quiet
+    from fusionroute.training.formats import PAIRED
     from fusionroute.training.rows import DataSpec
-    from fusionroute.training.running import quiet
 
     folder = folder.resolve()  # the recipe written below is to be read from anywhere
     family, more = next((like for part, like in _LIKE.items() if part in recipe.base.lower()), ("llama", {}))
@@ -181,8 +182,7 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     def shrink(specs: list[Any]) -> list[Any]:
         small = []
         for number, spec in enumerate(specs):
-            paired = spec.format in ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
-            file, kind = ("pairs.jsonl", "preference") if paired else ("chat.jsonl", "messages")
+            file, kind = ("pairs.jsonl", "preference") if spec.format in PAIRED else ("chat.jsonl", "messages")
             start = 6 * (number % 6)
             small.append(
                 DataSpec(format=kind, path=file, domain=spec.domain, start=start, stop=start + 12)  # type: ignore[arg-type]

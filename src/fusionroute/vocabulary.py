@@ -153,29 +153,6 @@ def template_of(folder: Path) -> str | None:
     return template
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """Digest of what decides the mapping from text to ids: vocabulary, added tokens, merges, normalizer, pre-tokenizer.
-
-    A tokenizer that is loaded and saved again keeps its digest: key order, spelling of merges, defaults written out,
-    padding, truncation, post-processor and decoder do not count.
-
-    Returns:
-        "sha256:" and 64 hexadecimal digits.
-
-    Raises:
-        FusionRouteError: `tokenizer.json` is missing, half-written or contradicts itself.
-    """
-    tokenizer = _load(folder, {})
-    added = sorted((tokenizer.ids[text], text, _flags(token)) for text, token in tokenizer.added.items())
-    vocab = tokenizer.raw["model"]["vocab"]
-    if isinstance(vocab, list):
-        # The library's JSON reader is off by one in the last binary digit now and then.
-        vocab = [[piece, f"{score:.6g}"] for piece, score in vocab]
-    parts = [tokenizer.kind, vocab, added, _merges(tokenizer), tokenizer.rules]
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
 def _load(folder: Path, parsed: dict[bytes, _Tokenizer]) -> _Tokenizer:
     """Parse `tokenizer.json`; files with equal bytes become one object, so that `is` tells trivial equality."""
     file = folder / "tokenizer.json"

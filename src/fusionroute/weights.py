@@ -17,14 +17,21 @@ from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json, staged_file
 
 _PIECE = 4 << 20  # bytes read at a time: large enough for the disk, small beside any model
-# What of an adapter's config changes the function it computes; the rest (paths, versions, init) does not.
+# What of an adapter's config changes the function that its tensors compute; the rest (paths, versions, init) does not.
 _ADAPTER_KEYS = [
     "peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save",
-    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens",
 ]  # fmt: skip
+# Ways to begin a LoRA that take its start off the base's weights: A and B then belong to what is left of them, and PEFT
+# changes the base when it loads such an adapter.
+_OFF_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_SETS = ("target_modules", "modules_to_save", "layers_to_transform")  # lists in no order
 
 
 class StoredTensor(NamedTuple):
+    """Where one tensor of a safetensors file is; `dtype` as the format writes it, such as BF16."""
+
     file: Path
     dtype: str
     shape: list[int]
@@ -33,7 +40,11 @@ class StoredTensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, whose size must be what its header says."""
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        FusionRouteError: its header does not parse, or its size is not what the header says.
+    """
     size = path.stat().st_size
     refusal = f"{path} is not a whole safetensors file"
     with path.open("rb") as file:
@@ -59,7 +70,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder: model.safetensors, or the shards its index names."""
+    """All tensors of a model folder, by name: those of model.safetensors, or of the shards that its index names.
+
+    Raises:
+        FusionRouteError: there are none or only pickled ones, a shard or a tensor that the index names is missing, or
+            a file is not whole.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return read_header(single)
@@ -67,7 +83,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         pickles = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
         has = f"has only {pickles[0]}, which is pickle" if pickles else "has no model.safetensors"
         raise FusionRouteError(f"{folder} {has}: safetensors only (convert it, or name a .gguf file itself)")
-    weight_map = read_json(index).get("weight_map")
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FusionRouteError(f"{index} has no weight_map: fetch it again")
     tensors: dict[str, StoredTensor] = {}
@@ -85,25 +102,34 @@ def _require_folder(folder: Path, config: str, hint: str) -> None:
         raise FusionRouteError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}: check the path")
     if not (folder / config).is_file():
         raise FusionRouteError(f"{folder} has no {config}: {hint}")
-    read_json(folder / config)
+    if not isinstance(read_json(folder / config), dict):
+        raise FusionRouteError(f"{folder / config} is not a JSON object: fetch it again")
 
 
 def check_model(folder: Path) -> None:
     """Refuse a folder that cannot be loaded as a model.
 
     Raises:
-        FusionRouteError: config.json or weights are missing, only pickled, or not whole; the message names the file.
+        FusionRouteError: config.json or weights are missing, only pickled, or not whole (the message names the file),
+            or an adapter lies beside them.
     """
     adapter = (folder / "adapter_config.json").is_file()
-    _require_folder(folder, "config.json", "it is an adapter" if adapter else "name a model folder, or a .gguf itself")
+    hint = "it is an adapter" if adapter else "name a model, which an adapter is not, or a .gguf itself"
+    _require_folder(folder, "config.json", hint)
     read_tensors(folder)
+    if adapter:
+        raise FusionRouteError(
+            f"{folder} holds a model and an adapter, and transformers would load the one with the other on it: "
+            "give each a folder of its own"
+        )
 
 
 def check_adapter(folder: Path) -> None:
     """Refuse a folder that cannot be loaded as an adapter.
 
     Raises:
-        FusionRouteError: adapter_config.json or adapter_model.safetensors is missing, only pickled, or not whole.
+        FusionRouteError: adapter_config.json or adapter_model.safetensors is missing, only pickled, or not whole; or
+            the adapter belongs to another base than the one it names.
     """
     _require_folder(folder, "adapter_config.json", "name the folder that PEFT saved")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -111,6 +137,12 @@ def check_adapter(folder: Path) -> None:
         has = "only adapter_model.bin, which is pickle" if pickle else "no adapter_model.safetensors"
         raise FusionRouteError(f"{folder} has {has}: safetensors only, save it again with safe_serialization")
     read_header(folder / "adapter_model.safetensors")
+    begun = read_json(folder / "adapter_config.json").get("init_lora_weights")
+    if str(begun).lower().startswith(_OFF_THE_BASE):
+        raise FusionRouteError(
+            f"{folder} has init_lora_weights={begun!r}: its start was taken off the base, which others use as it is; "
+            "make it a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
 def digest(folder: Path) -> str:
@@ -156,7 +188,7 @@ def _adapter_settings(path: Path) -> str:
         value = config.get(key)
         if value is None or value is False or value in ({}, [], "none"):
             continue
-        kept[key] = sorted(value) if isinstance(value, list) else value
+        kept[key] = sorted(value) if key in _SETS and isinstance(value, list) else value
     return json.dumps(kept, sort_keys=True) + "\n"
 
 
@@ -176,7 +208,11 @@ def license_of(folder: Path) -> str | None:
 
 
 def remembered(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """The hex digest `compute` gives for `files`, computed again only when their path, size or time changes."""
+    """The hex sha256 that `compute` gives for `files`, computed again only when their path, size or time changes.
+
+    Args:
+        what: tells apart different digests of the same files.
+    """
     stats = [path.stat() for path in files]
     key = [what, *((str(f.resolve()), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True))]
     note = cache_folder() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -205,11 +241,13 @@ def copy_hashed(source: Path | IO[bytes], target: Path | None) -> str:
 
 
 def require_sha256(name: str, actual: str, expected: str) -> None:
+    """Raise a `FusionRouteError` if the file called `name` has another hex sha256 than its source says."""
     if actual != expected.lower():
         raise FusionRouteError(f"{name} has sha256 {actual}, the source says {expected.lower()}: use the file it names")
 
 
 def cache_folder() -> Path:
+    """Where converted weights and remembered digests are kept: `HF_HOME/fusionroute`."""
     import huggingface_hub.constants
 
     return Path(huggingface_hub.constants.HF_HOME) / "fusionroute"

@@ -4,17 +4,23 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusionroute import collection as collections
 from fusionroute.errors import UsageError
-from fusionroute.recipe import PhaseSection, Run, load_recipe, measure_heldout
+from fusionroute.recipe import Run, measure_heldout
+from fusionroute.sections import PhaseSection, load_recipe
 
-
-def _open(name: str | None, recipe: Path, data: Path | None, dtype: str | None, base: str | None) -> Any:
-    from fusionroute.configuration import absolute_source
+if TYPE_CHECKING:
     from fusionroute.members import LoadOptions
-    from fusionroute.modeling import parse_dtype
+
+
+def _open(
+    name: str | None, recipe: Path, data: Path | None, dtype: str | None, base: str | None
+) -> "tuple[Path, Run, LoadOptions]":
+    """The collection's folder, the recipe with its rows, and how members are loaded."""
+    from fusionroute.configuration import absolute_source
+    from fusionroute.members import LoadOptions, parse_dtype
 
     folder = collections.locate(name)
     run = Run(load_recipe(recipe), Path(), data)
@@ -28,9 +34,13 @@ def _open(name: str | None, recipe: Path, data: Path | None, dtype: str | None, 
 
 
 def _section(run: Run, phase: str) -> PhaseSection:
+    """The recipe's section of a phase; in a launch, the processes wait for each other as long as it says."""
+    from fusionroute.training import processes
+
     section = {"sft": run.recipe.sft, "cdpo": run.recipe.cdpo}.get(phase)
     if section is None:
         raise UsageError(f"the recipe has no {phase} section; phases are sft and cdpo")
+    processes.join(float(section.training.get("ddp_timeout", processes.TIMEOUT)))
     return section
 
 
@@ -49,6 +59,10 @@ def annotate(
 
     Args:
         part: such as `2/4`: only the second of four parts, which other processes or machines make up.
+
+    Raises:
+        UsageError: no such phase, member or part.
+        FusionRouteError: as `annotation.annotate`; rows or weights cannot be had.
     """
     from fusionroute.configuration import ROUTER
     from fusionroute.training.annotation import Part
@@ -74,16 +88,22 @@ def train(
     dtype: str | None,
     base: str | None,
 ) -> Path:
-    """Train the router of a collection by one phase of a recipe and write the new collection to `out`."""
+    """Train the router of a collection by one phase of a recipe and write the new collection to `out`.
+
+    Killed and called again with the same arguments it goes on; until it is done its files are in `OUT.work`.
+
+    Raises:
+        UsageError: no such phase, or `out` is not an empty folder.
+        FusionRouteError: as `phases.sft` and `phases.cdpo`; rows or weights cannot be had.
+    """
     from fusionroute.training import phases, processes
     from fusionroute.training.annotation import sequences_of
     from fusionroute.training.data import digest_sequences
 
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty: name another folder for the new collection")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not an empty folder: name another one for the new collection")
     folder, run, options = _open(name, recipe, data, dtype, base)
     section = _section(run, phase)
-    processes.join(float(section.training.get("ddp_timeout", processes.TIMEOUT)))
     config, items = run.items(section.data, f"rows of {phase}", folder)
     work = out.with_name(f"{out.name}.work")
     # Checkpoints of other settings or rows must not be gone on from.
@@ -98,7 +118,9 @@ def train(
     function = phases.sft if phase == "sft" else phases.cdpo
     function(config, folder, items, annotations, work / "router", **common)
     router = phases.router_spec(config.router_spec, work / "router")
-    training = {**(config.training or {}), phase: section.training}
+    # What was measured on the router that this one comes from is not its own.
+    kept = {key: value for key, value in (config.training or {}).items() if key != "scores"}
+    training = {**kept, phase: section.training}
     embed = [router.name] if router.adapter is None else []
 
     def finish() -> None:
@@ -119,7 +141,12 @@ def train(
 
 
 def measure(name: str | None, recipe: Path, data: Path | None, base: str | None) -> tuple[dict[str, Any], str]:
-    """Routing figures of a collection on a recipe's held-out rows."""
+    """Routing figures of a collection on a recipe's held-out rows: the JSON and its Markdown.
+
+    Raises:
+        UsageError: the recipe has no such rows.
+        FusionRouteError: rows or weights cannot be had.
+    """
     run = Run(load_recipe(recipe), Path(), data)
     if not run.recipe.heldout:
         raise UsageError(f"{recipe} has no heldout rows to measure on")

@@ -89,3 +89,4 @@ def test_source_and_adapter_are_told_apart(folder: Path, tmp_path: Path) -> None
     assert split_adapter("org/name+org/adapter") == ("org/name", "org/adapter")
     assert split_adapter(f"wheel:x==1+cpu/m.gguf+{plus}") == ("wheel:x==1+cpu/m.gguf", str(plus))
     assert split_adapter(str(plus)) == (str(plus), None)
+    assert split_adapter(f"{plus}+org/adapter") == (str(plus), "org/adapter")

@@ -13,6 +13,7 @@ from fusionroute.baselines.collab import Collab, CollabSettings, TextRequest
 from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import ALL
 from fusionroute.errors import UsageError
+from fusionroute.evaluation.answering import answer
 
 PROMPTS = ([1, 40, 41, 42, 43], [9, 12] * 6, list(range(20, 43)))
 NEW = 5
@@ -184,6 +185,27 @@ def test_a_reward_that_is_no_number_ends_its_row_alone(
             failed += [event.row] if event.finish == "error" else []
     assert (failed, written[second]) == ([first], NEW)
     assert (collab.members.allocated, likes.rows) == (0, set())
+
+
+def test_a_step_that_fails_ends_the_rows_and_later_ones_begin_anew(
+    loaded: Callable[[str], tuple[FusionRouteForCausalLM, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded("adapters")
+    likes = Likes()
+    collab = Collab(model, tokenizer, likes, SETTINGS[0])
+    roll_out, failed = collab._roll_out, []
+
+    def fail_once(candidates: Any) -> None:
+        if not failed:
+            failed.append(1)
+            raise MemoryError("no room")
+        roll_out(candidates)
+
+    monkeypatch.setattr(collab, "_roll_out", fail_once)
+    wanted = [(str(i), TextRequest(prompt, NEW, text="the prompt")) for i, prompt in enumerate(PROMPTS)]
+    found = dict(answer(collab, wanted, 2))
+    assert [found[key].error for key, _ in wanted] == ["MemoryError: no room"] * 2 + [None]
+    assert (found["2"].tokens, collab.active, likes.rows) == (NEW, [], set())
 
 
 @pytest.mark.parametrize("wrong", [{"candidates": 0}, {"top_p": 0.0}, {"rollout": -1}, {"alpha": -1.0}])

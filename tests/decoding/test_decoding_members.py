@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import UsageError
 from fusionroute.lm_head import hidden_states
+from fusionroute.members import Member
 from fusionroute.router import RouteHead
 
 ROW = list(range(40, 60))
@@ -150,3 +152,25 @@ def test_nothing_is_drafted_for_a_cache_that_cannot_take_tokens_back(tmp_path: P
     Session(str(model.folder), quiet=True)  # the command line does not draft then
     (answer,) = Engine(model).generate([Request(ROW, 8)])
     assert [(token.id, token.expert) for token in answer.tokens] == write(model, ROW, Sampling(), 8)
+
+
+def test_adapters_of_the_lm_head_are_each_member_s_own(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.make_model(tmp_path, tie_word_embeddings=False)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), "router")
+    wrapped.add_adapter("math", LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    loaded: Any = [Member("router", model, wrapped, "router"), Member("math", model, wrapped, "math")]
+    loaded.append(Member("code", model, wrapped))  # the base as it stands
+    collected: Any = SimpleNamespace(members=loaded, config=SimpleNamespace(vocab_size=320))
+    members = Members(collected, blocks=False)
+    assert [type(pool) for pool in members.pools] == [PlainPool] * 3
+    with torch.inference_mode():
+        hidden = members.run([Job(number, 0, ROW, 1) for number in range(3)])
+        found = members.logits(list(enumerate(hidden)))
+        for member, logits in zip(loaded, found, strict=True):
+            expected = member(input_ids=torch.tensor([ROW])).logits[0, -1:]
+            assert torch.allclose(logits, expected, atol=1e-4)

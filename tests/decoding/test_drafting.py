@@ -3,10 +3,12 @@
 import functools
 import operator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.decoding.drafting import PromptLookup
+from fusionroute.errors import UsageError
 
 few = st.lists(st.integers(0, 2), max_size=24)  # three tokens: they recur
 counts = st.integers(0, 9)
@@ -109,3 +111,9 @@ def test_the_ids_given_are_left_alone() -> None:
     draft.extend(ids)
     draft.extend([4])
     assert ids == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(1, 2), (4, 0), (0, 0)])
+def test_lengths_that_can_find_nothing_are_refused(longest: int, shortest: int) -> None:
+    with pytest.raises(UsageError, match=f"not shortest {shortest}, longest {longest}"):
+        PromptLookup(longest, shortest)

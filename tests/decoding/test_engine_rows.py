@@ -15,7 +15,7 @@ from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.members import Members
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
-from fusionroute.errors import UsageError
+from fusionroute.errors import FusionRouteError, UsageError
 
 Reference = Callable[[str, int, int], list[tuple[int, str]]]
 Collection = Callable[[str], FusionRouteForCausalLM]
@@ -186,6 +186,67 @@ def test_a_stream_that_is_left_frees_its_row(collection: Collection) -> None:
     assert engine.members.allocated == 0
 
 
+def test_a_stream_gives_what_was_held_back_for_a_stop_string(
+    collection: Collection, make_collection: Callable[[str], Path]
+) -> None:
+    model, tokenizer = collection("llama"), load_tokenizer(make_collection("llama"))
+    (free,) = Engine(model, tokenizer).generate([Request(PROMPT, LONGEST, SAMPLINGS[1])])
+    engine = Engine(model, tokenizer)
+    engine.ends = frozenset([max(free.ids, key=free.ids.index)])  # what came for the first time the latest
+    (ended,) = engine.generate([Request(PROMPT, LONGEST, SAMPLINGS[1])])
+    assert (ended.finish, bool(ended.text)) == ("stop", True)
+    stop = ended.text[-1] + "never"
+    tokens = list(engine.stream(Request(PROMPT, LONGEST, SAMPLINGS[1], stop=[stop])))
+    assert [token.id for token in tokens] == ended.ids
+    assert "".join(token.text for token in tokens) == ended.text
+
+
+def test_streams_may_be_read_by_turns(collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"))
+    streams = [engine.stream(Request(PROMPTS[number], LONGEST)) for number in (1, 3)]
+    pairs = list(zip(*streams, strict=True))
+    for place, number in enumerate((1, 3)):
+        assert [pair[place].id for pair in pairs] == [token for token, _ in reference("llama", number, 0)]
+
+
+def test_answers_may_be_generated_between_the_tokens_of_a_stream(collection: Collection, reference: Reference) -> None:
+    engine = Engine(collection("llama"))
+    stream = engine.stream(Request(PROMPT, LONGEST))
+    ids = [next(stream).id]
+    (answer,) = engine.generate([Request(PROMPTS[3], LONGEST)])
+    ids += [token.id for token in stream]
+    assert ids == [token for token, _ in reference("llama", 1, 0)]
+    assert answer.ids == [token for token, _ in reference("llama", 3, 0)]
+
+
+def test_a_refused_request_takes_those_beside_it_out(collection: Collection) -> None:
+    engine = Engine(collection("llama"))
+    with pytest.raises(UsageError, match="the prompt has no token"):
+        engine.generate([Request(PROMPT, 4), Request([])])
+    assert not engine.waiting
+
+
+def out_of_memory(jobs: Sequence[Any]) -> list[torch.Tensor]:
+    raise RuntimeError("out of memory")
+
+
+def test_a_step_that_fails_leaves_no_row_behind(
+    collection: Collection, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(collection("llama"))
+    stream = engine.stream(Request(PROMPT, LONGEST))
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.members, "run", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.generate([Request(PROMPTS[3], 4)])
+    assert (engine.active, list(engine.waiting), engine.members.allocated) == ([], [], 0)
+    with pytest.raises(FusionRouteError, match="the answer is cut off"):
+        next(stream)
+    (answer,) = engine.generate([Request(PROMPT, LONGEST)])
+    assert answer.ids == [token for token, _ in reference("llama", 1, 0)]
+
+
 def test_rows_wait_for_room(collection: Collection, reference: Reference) -> None:
     engine = Engine(collection("llama"))
     engine.budget = KVBudget(engine.members, engine.members.nbytes([len(PROMPT) + LONGEST]))
@@ -219,14 +280,33 @@ def test_a_row_that_never_fits_is_refused_with_both_sizes(collection: Collection
         (Request([]), "the prompt has no token"),
         (Request([5] * 600), "the prompt has 600 tokens and the context 512"),
         (Request([5, 9999]), "the prompt has token id 9999, the members share 320 ids"),
+        (Request([5, -1, 7]), "the prompt has token id -1, the members share 320 ids"),
+        (
+            Request([5], sampling=Sampling(bias={4: 1.0, 400: 1.0})),
+            "the bias has token id 400, the members share 320 ids",
+        ),
         (Request([5], expert="poetry"), "poetry"),
         (Request([5], stop=["x"]), "stop strings need a tokenizer"),
         (Request([5], max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+        (Request([5], routing="tokens"), "routing must be token, query or uniform, not tokens"),  # type: ignore[arg-type]
+        (Request([5], alpha=float("nan")), "alpha must be finite, not nan"),
+        (Request([5], logprobs=-1), "logprobs must be at least 0, not -1"),
+        (Request([5], candidates=-1), "candidates must be at least 0, not -1"),
     ],
 )
 def test_refusals(request_: Request, message: str, collection: Collection) -> None:
     with pytest.raises(UsageError, match=message):
         Engine(collection("llama")).submit(request_)
+
+
+def test_a_mode_that_is_none_is_refused(collection: Collection) -> None:
+    with pytest.raises(UsageError, match="mode must be one of lazy, predicted, all, auto, not 'fast'"):
+        Engine(collection("llama"), mode="fast")  # type: ignore[arg-type]
+
+
+def test_drafts_of_no_token_are_refused(collection: Collection) -> None:
+    with pytest.raises(UsageError, match="draft_length must be at least 1, not 0"):
+        Engine(collection("llama"), drafter=PromptLookup(), draft_length=0)
 
 
 def test_the_context_is_never_exceeded(collection: Collection) -> None:

@@ -348,3 +348,20 @@ def test_a_mask_may_give_a_tensor() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0])
     for allowed in ([1, 3], torch.tensor([1, 3])):
         assert draw(logits, Sampling(mask=lambda ids, allowed=allowed: allowed)) == 1
+
+
+def test_penalties_may_be_whole_numbers() -> None:
+    sampling = Sampling(frequency_penalty=1, presence_penalty=2)
+    assert adjust(torch.tensor([5.0, 5.0]), sampling, [0, 1, 1], 2, ()).tolist() == [5.0, 1.0]
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 5e-324])
+def test_next_to_no_temperature_takes_the_likeliest(temperature: float) -> None:
+    drawn = {draw(torch.tensor([3.0, 9.0, 5.0]), Sampling(temperature, top_p=0.9, seed=seed)) for seed in range(20)}
+    assert drawn == {1}
+
+
+@pytest.mark.parametrize("temperature", [-0.1, math.inf, math.nan])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(UsageError, match=f"temperature must be at least 0 and finite, not {temperature}"):
+        Sampling(temperature)

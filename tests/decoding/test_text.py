@@ -214,3 +214,11 @@ def test_flush_gives_once_what_was_held(bytewise: Any) -> None:
 
 def test_an_empty_stop_never_stops(bytewise: Any) -> None:
     assert actual(bytewise, ["ab"], [""], last=True) == ("ab", False)
+
+
+def test_text_that_may_go_on_is_withheld(bytewise: Any) -> None:
+    half, (a,), (c,) = encode(bytewise, "€")[0], encode(bytewise, "a"), encode(bytewise, "c")
+    character, stop = TextPieces(bytewise), TextPieces(bytewise, ["ab"])
+    assert (character.push(half), character.withholds) == ("", True)
+    assert (stop.push(a), stop.withholds) == ("", True)
+    assert (stop.push(c), stop.withholds) == ("ac", False)

@@ -250,6 +250,24 @@ def test_merged_it_is_the_adapter_unmerged(kind: str, lane: str | None) -> None:
     assert_close(transformer([Span(0, 0, 0, ids)], [11], new_cache(transformer, 1, 11)), expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_compiled_it_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, with a backend that needs no compiler for the machine: one graph of each function for all sizes."""
+    ids, model, graphs = tokens(random.Random(9), 11), adapted(kind), []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    expected = alone(model, "whole", ids)
+    transformer = Transformer(model.base_model.model, ["whole"], compile=True)
+    cache = new_cache(transformer, 1, 11)
+    parts = [transformer([Span(0, 0, start, ids[start:end])], [end - start], cache) for start, end in ((0, 7), (7, 11))]
+    assert_close(torch.cat(parts), expected)
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])

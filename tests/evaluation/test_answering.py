@@ -5,7 +5,7 @@ import pytest
 
 from fusionroute import FusionRouteForCausalLM, load_tokenizer
 from fusionroute.decoding.engine import Engine
-from fusionroute.decoding.rows import Request
+from fusionroute.decoding.rows import Event, Request
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.evaluation.answering import answer
 
@@ -57,3 +57,24 @@ def test_a_refused_request_and_a_failing_row_leave_the_others_alone(engine: Engi
     assert "no token suits me" in str(found["broken"].error)
     assert "context" in str(found["long"].error)
     assert not engine.active
+
+
+def test_a_step_that_fails_costs_the_rows_that_ran_and_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, failed = engine.step, []
+
+    def fail_once() -> list[Event]:
+        events = step()
+        if not failed:
+            failed.append(events)
+            raise MemoryError("no room for more")
+        return events
+
+    monkeypatch.setattr(engine, "step", fail_once)
+    monkeypatch.setattr(engine, "max_rows", 2)
+    wanted = [(str(i), Request([7], 4, ignore_end=True)) for i in range(5)]
+    found = dict(answer(engine, wanted, 4))
+    assert [found[key].error for key, _ in wanted] == ["MemoryError: no room for more"] * 2 + [None] * 3
+    assert [found[key].tokens for key, _ in wanted[2:]] == [4] * 3
+    assert (list(engine.active), list(engine.waiting)) == ([], [])

@@ -243,10 +243,12 @@ def test_an_answer_that_cannot_be_kept_is_told_and_the_run_goes_on(
 def test_held_out_items_are_said_to_be_that(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     shutil.copy(DATA / "gsm8k" / "test.jsonl", tmp_path / "data" / "gsm8k" / "train.jsonl")
-    evaluate(small(folder, tmp_path / "out", data=tmp_path / "data", held_out=True, systems=["expert:math"], limit=1))
-    assert "rows held out of training" in report.as_markdown(report.read(tmp_path / "out"))
-    evaluate(small(folder, tmp_path / "test", systems=["expert:math"], limit=1))
-    assert "rows held out of training" not in report.as_markdown(report.read(tmp_path / "test"))
+    kinds = {"held out": {"data": tmp_path / "data", "held_out": True}, "test": {}}
+    for name, more in kinds.items():
+        evaluate(small(folder, tmp_path / name, systems=["expert:math"], limit=1, **more))
+        found = report.read(tmp_path / name)
+        for text in (report.as_markdown(found), page.render(found, tmp_path / name)):
+            assert ("rows held out of training" in text) == (name == "held out")
 
 
 def test_what_cannot_be_run_is_said_when_all_is_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -255,6 +257,19 @@ def test_what_cannot_be_run_is_said_when_all_is_asked_for(folder: Path, tmp_path
     assert set(missing) == {"sft-only", "no-complement", "sequence-selection", "collab", "finetuned"}
     assert "--sft" in missing["sft-only"]
     assert "Not run: finetuned" in report.as_markdown(report.read(tmp_path))
+
+
+def test_experts_that_do_not_merge_are_left_out_of_all_and_refused_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FusionRouteError("tensors that do not fit")
+
+    monkeypatch.setattr("fusionroute.baselines.merging.merge_collection", refuse)
+    evaluate(small(folder, tmp_path / "all", systems=["all"], limit=1))
+    assert report.read(tmp_path / "all")["not_run"]["merge:ties"] == "tensors that do not fit"
+    with pytest.raises(FusionRouteError, match="do not fit"):
+        evaluate(small(folder, tmp_path / "named", systems=["all", "merge:ties"], limit=1))
 
 
 @pytest.mark.parametrize("system", ["sequence-selection", "collab"])

@@ -94,6 +94,20 @@ def test_sampling_is_what_a_task_asks_for(folder: Path) -> None:
     assert first == again != other
 
 
+def test_a_request_that_is_repeated_is_drawn_anew(folder: Path) -> None:
+    lm = FusionRouteLM(str(folder))
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 3.0}
+    requests = ask("generate_until", [("Hi", settings)] * 3)
+    texts = lm.generate_until(requests)
+    assert len(set(texts)) == 3
+    assert lm.generate_until(requests) == texts
+
+
+@pytest.mark.parametrize(("given", "rows"), [("auto", 16), ("auto:4", 16), ("3", 3), (5, 5)])
+def test_a_batch_size_is_what_lm_eval_takes(given: int | str, rows: int, folder: Path) -> None:
+    assert FusionRouteLM(str(folder), batch_size=given).batch_size == rows
+
+
 def test_rolling_likelihood_is_that_of_the_whole_text(folder: Path, reference: FusionRouteForCausalLM) -> None:
     lm = FusionRouteLM(str(folder))
     text = "one two three four"
@@ -116,3 +130,10 @@ def test_a_request_that_cannot_run_is_an_error_and_not_an_answer(folder: Path) -
     lm.engine.context = 4
     with pytest.raises(FusionRouteError, match="1 of 1 requests failed"):
         lm.generate_until(ask("generate_until", [("a much longer prompt than that", {"until": []})]))
+
+
+def test_a_continuation_that_does_not_fit_the_context_is_refused(folder: Path) -> None:
+    lm = FusionRouteLM(str(folder))
+    lm.engine.context = 4
+    with pytest.raises(FusionRouteError, match="a continuation has 5 tokens and the context 4"):
+        lm._loglikelihood_tokens([(None, [1, 2], [3, 4]), (None, [1], [5, 6, 7, 8, 9])])

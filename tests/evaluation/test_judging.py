@@ -351,6 +351,17 @@ def test_items_without_a_verdict_count_a_half_and_are_named(
     assert all(item in out for item in rate["reasons"])
 
 
+def test_a_system_that_never_won_might_have(judged: Evaluation, tmp_path: Path) -> None:
+    wanted = again(judged, tmp_path / "out")
+    rows = [json.loads(line) for line in (wanted.out / "answers.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"] = "" if row["system"] == "uniform" else "something"
+    (wanted.out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rate = report.read(wanted.out)["systems"]["uniform"]["win_rate"]
+    assert (rate["rate"], rate["low"], rate["n"]) == (0, 0, 3)
+    assert rate["high"] == pytest.approx(0.5615, abs=1e-4)  # Wilson's, of 0 in 3
+
+
 def test_a_defective_prompt_counts(judged: Evaluation, tmp_path: Path) -> None:
     data = tmp_path / "data" / "general"
     data.mkdir(parents=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, pair_up, unfit, verdict
+from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
 from fusionroute.training.overlap import BenchmarkIndex
 
 NO_ITEMS = BenchmarkIndex([])
@@ -38,6 +38,10 @@ def test_a_text_drawn_twice_is_one() -> None:
 def test_of_a_text_drawn_twice_the_first_is_named() -> None:
     ((_, wrong),) = pair_up(answers(["r"]), answers(["long", "w", "w"], WRONG), 1)
     assert wrong.sample == 1
+
+
+def test_of_answers_that_are_alike_the_first_drawn_stays() -> None:
+    assert [answer.sample for answer in distinct(answers(["w", "v", "w", "v", "u"]))] == [0, 1, 4]
 
 
 @pytest.mark.parametrize(("rights", "wrongs"), [([], ["w"]), (["r"], []), ([], [])])

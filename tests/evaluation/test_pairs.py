@@ -284,6 +284,13 @@ def test_what_cannot_be_meant_is_refused(more: dict[str, Any], words: str, folde
         make_pairs(settings(folder, tmp_path, **more))
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.samples.jsonl", "."])
+def test_solutions_go_to_a_file_of_their_own(name: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--solutions"):
+        make_pairs(settings(folder, tmp_path, solutions=tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_phase_two_trains_on_the_pairs(
     made: tuple[PairSettings, dict[str, Any]], folder: Path, tmp_path: Path, run: Callable
 ) -> None:

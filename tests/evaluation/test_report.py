@@ -123,3 +123,20 @@ def test_what_is_shown_names_what_has_no_score(folder: Path, show: Any) -> None:
     assert "Not run: finetuned: it was not given." in text
     assert "gsm8k strict" in text
     assert report.unscored(read) == 1
+
+
+def test_a_share_of_instructions_weighs_as_many_as_there_are(folder: Path) -> None:
+    scores = Store(folder / "scores.jsonl")
+    for i, (share, count) in enumerate([(1.0, 1.0), (0.5, 2.0), (0.0, 1.0), (1.0, 4.0)]):
+        row = {"scores": {"flexible": 1.0, "strict": share}, "unscored": None, "weights": {"strict": count}}
+        scores.put(f"fusionroute gsm8k {i}", row)
+    # Six of eight, where the mean of the shares is 0.625.
+    assert report.read(folder)["systems"]["fusionroute"]["benchmarks"]["gsm8k"]["other"] == {"strict": 0.75}
+
+
+def test_an_answer_of_no_token_does_not_change_how_often_others_switch(folder: Path) -> None:
+    answers = Store(folder / "answers.jsonl")
+    row = answers.get("fusionroute gsm8k 0")
+    answers.put("fusionroute gsm8k 0", {**(row or {}), "text": "", "tokens": 0, "overruled": 0, "pieces": []})
+    routing = report.read(folder)["systems"]["fusionroute"]["routing"]["gsm8k"]
+    assert routing["switch_rate"] == pytest.approx(1 / 9)

@@ -61,7 +61,14 @@ def test_what_has_no_adapter_stays_the_tensor_it_was(adapted: Callable[..., tupl
     assert Folding(adapter)("model.layers.0.self_attn.k_proj.weight", tensor) is tensor
 
 
-@pytest.mark.parametrize("setting", [{"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
 def test_other_kinds_of_adapter_are_refused(
     adapted: Callable[..., tuple[Path, Path]], refuses: Any, setting: dict[str, Any]
 ) -> None:

@@ -1,6 +1,7 @@
 """What is checked before vLLM starts, where vLLM is not needed for it."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fusionroute import collection
 from fusionroute.configuration import MemberSpec
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.integrations.vllm import Placed, check_parallel, check_together, check_version, place
-from fusionroute.integrations.vllm_server import stored_dtype
+from fusionroute.integrations.vllm_server import Settings, _ranks, check_arguments, stored_dtype
 
 
 def members(*configs: dict[str, Any]) -> list[Placed]:
@@ -52,6 +53,14 @@ def test_fewer_key_value_heads_than_ranks_are_repeated() -> None:
     check_parallel(members({**HEADS, "num_attention_heads": 8}), 4, 1)
 
 
+def test_no_member_is_rounded(make_collection: Callable[[str], Path], refuses: Any) -> None:
+    folder = make_collection("llama")
+    config = collection.read_config(folder)
+    config.experts[1]["dtype"] = "int8"
+    with refuses(UsageError, "code in int8", "vLLM"):
+        place(config, folder)
+
+
 def test_members_stand_where_their_files_are(make_collection: Callable[[str], Path]) -> None:
     folder = make_collection("mixed")
     placed = place(collection.read_config(folder), folder)
@@ -74,7 +83,33 @@ def test_members_of_two_dtypes_are_refused(refuses: Any) -> None:
         stored_dtype(members({**HEADS, "dtype": "float32"}, {**HEADS, "dtype": "bfloat16"}))
 
 
+@pytest.mark.parametrize("argument", ["--served-model-name", "--served_model_name=x"])
+def test_what_the_collection_decides_is_not_for_vllms_arguments(argument: str, refuses: Any) -> None:
+    with refuses(UsageError, "--served-model-name is not for vLLM's arguments"):
+        check_arguments(Settings(arguments=(argument,)))
+
+
+@pytest.mark.parametrize("arguments", [("--hf-overrides", '{"alpha": 0.5}'), ("--hf_overrides.alpha=0.5",)])
+def test_alpha_is_overridden_in_vllms_way_but_not_beside_another_base(arguments: tuple[str, ...], refuses: Any) -> None:
+    check_arguments(Settings(arguments=arguments))
+    with refuses(UsageError, "--base", "--hf-overrides", "exclude each other"):
+        check_arguments(Settings(arguments=arguments, base="x/y"))
+
+
+def test_ranks_are_found_however_they_are_spelt() -> None:
+    assert _ranks(("--tensor_parallel_size=2", "--pipeline-parallel-size", "3", "--max_model_len", "9")) == (2, 3)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
 def test_without_vllm_it_says_what_to_install(refuses: Any) -> None:
     with refuses(FusionRouteError, "pip install 'fusionroute[vllm]'"):
+        check_version()
+
+
+def test_a_vllm_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Any) -> None:
+    """A library that is missing has no module's name."""
+    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    with refuses(FusionRouteError, "libcudart.so", "pip install 'fusionroute[vllm]'"):
         check_version()

@@ -140,15 +140,20 @@ def test_memory_goes_back_once_after_work(start: Start, monkeypatch: pytest.Monk
     monkeypatch.setattr(scheduler, "REST_SECONDS", 0.05)
     monkeypatch.setattr(scheduler, "return_freed_memory", give)
     live = start()
+
+    def rest(before: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(returned) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(returned) > before
+
+    rest(0)  # what loading left
     with live.http() as http:
         for _ in range(2):
             before = len(returned)
             http.post("/v1/chat/completions", json=ASK)
-            deadline = time.monotonic() + 20
-            while len(returned) == before and time.monotonic() < deadline:
-                time.sleep(0.01)
+            rest(before)
             after = len(returned)
-            assert after > before
             time.sleep(0.5)
             assert len(returned) == after
     assert not any(returned)
@@ -223,11 +228,6 @@ def test_there_is_nothing_else(live: Live, path: str) -> None:
         is_error(http.get(path), 404)
 
 
-def test_the_wrong_method(live: Live) -> None:
-    with live.http() as http:
-        is_error(http.get("/v1/chat/completions"), 405)
-
-
 @pytest.mark.parametrize(
     ("content", "kind"),
     [(b"", "application/json"), (b"{", "application/json"), (b"[]", "application/json"), (b"null", "application/json"),
@@ -236,6 +236,15 @@ def test_the_wrong_method(live: Live) -> None:
 def test_bodies_that_are_none(live: Live, content: bytes, kind: str) -> None:
     with live.http() as http:
         is_error(http.post("/v1/chat/completions", content=content, headers={"content-type": kind}), 400)
+
+
+def test_a_body_that_is_no_json_is_told_where_it_goes_wrong(live: Live) -> None:
+    with live.http() as http:
+        reply = http.post("/v1/chat/completions", content=b'{"model": }', headers={"content-type": "application/json"})
+    error = is_error(reply, 400, "invalid_request")
+    assert "not JSON" in error["message"]
+    assert "character 10" in error["message"]
+    assert error["param"] is None
 
 
 json_values = st.recursive(

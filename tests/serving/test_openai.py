@@ -374,6 +374,7 @@ def test_a_wrong_key(start: Start) -> None:
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs"),
         ({"logit_bias": {"many": 1}}, openai.BadRequestError, "logit_bias"),
         ({"logit_bias": {"99999999": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, openai.BadRequestError, "logit_bias"),
         ({"tools": [{"type": "function", "function": {"name": "add"}}]}, openai.BadRequestError, "tools"),
         ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format"),
     ],

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fusionroute.serving.tools import Calls, known
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+DEEP = f"<tool_call>{'[' * 100_000}</tool_call>"
 
 
 def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -28,6 +29,7 @@ def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
         ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', 0),
         ('<tool_call>\n{"name": "add", "arguments": {}}', "", 1),
         ("a < b <tool", "a < b <tool", 0),
+        pytest.param(DEEP, DEEP, 0, id="deep"),
     ],
 )
 def test_calls_and_the_rest(text: str, rest: str, count: int) -> None:

@@ -20,12 +20,13 @@ from transformers import TrainerCallback
 from fusionroute import tiny
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import write_json
+from fusionroute.progress import quiet
 from fusionroute.router import RouteHead
 from fusionroute.training import processes
 from fusionroute.training.data import Item, Tokens
 from fusionroute.training.lora import LoraSettings, lora_config
 from fusionroute.training.model import RouterForTraining
-from fusionroute.training.running import last_checkpoint, make_arguments, quiet, train_to_the_end
+from fusionroute.training.running import last_checkpoint, make_arguments, train_to_the_end
 from fusionroute.training.sharding import gathered
 from fusionroute.training.trainer import RouterArguments, RouterTrainer
 
@@ -124,7 +125,7 @@ def train(spec: dict[str, Any], out: Path) -> None:
     dtypes: set[str] = set()
     # Put there before the sharding's own, it sees what the head multiplies with.
     router.route_head.register_forward_hook(lambda head, *_: dtypes.add(str(head.weight.dtype)))
-    with quiet():
+    with quiet(data=True):
         train_to_the_end(trainer, run)
     trained = trainer.trained()
 

@@ -11,6 +11,7 @@ import torch
 
 from fusionroute import collection, tiny
 from fusionroute.configuration import MemberSpec
+from fusionroute.errors import FusionRouteError
 from fusionroute.modeling import FusionRouteForCausalLM
 from fusionroute.router import RouteHead
 from fusionroute.training.data import Item, Tokens
@@ -168,6 +169,19 @@ def test_the_order_of_the_rows_changes_no_figure(load: Any) -> None:
     forward, backward = (points(measure(load("mixed"), rows)["all"]) for rows in (items, items[::-1]))
     for key in ("nll", "top1", "shares"):
         assert forward[key] == pytest.approx(backward[key], rel=1e-5, abs=1e-7)
+
+
+def test_a_member_whose_logits_are_of_an_unknown_kind_is_refused(make_collection: Callable[[str], Path]) -> None:
+    """Logits are computed from the LM head alone; of a model that does more to them the figures would be wrong."""
+
+    def double(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.logits = 2 * output.logits
+        return output
+
+    model = FusionRouteForCausalLM.from_pretrained(make_collection("llama"))
+    model.members[-1].model.register_forward_hook(double)
+    with pytest.raises(FusionRouteError, match="after the LM head"):
+        measure(model, make_items(2))
 
 
 # ---- intervals

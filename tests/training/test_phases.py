@@ -368,7 +368,40 @@ def test_phase_2_without_pairs(make_collection: Callable[[str], Path], tmp_path:
 def test_phase_1_with_pairs(make_collection: Callable[[str], Path], tmp_path: Path, refuses: Any) -> None:
     run = Phases(tmp_path, make_collection("llama"))
     with refuses(FusionRouteError, "pairs"):
-        run.sft(PAIRS)
+        run.sft(CHAT + PAIRS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_argument_is_refused_before_anything_is_annotated(
+    make_collection: Callable[[str], Path], tmp_path: Path, refuses: Any
+) -> None:
+    run = Phases(tmp_path, make_collection("llama"))
+    with refuses(FusionRouteError, "learnin_rate", "RouterArguments"):
+        run.sft(learnin_rate=1.0)
+    with refuses(FusionRouteError, "learnin_rate", "RouterArguments"):
+        run.cdpo(run.start, CHAT + PAIRS, learnin_rate=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_router_whose_logits_are_of_an_unknown_kind_is_not_trained(
+    make_collection: Callable[[str], Path], tmp_path: Path, refuses: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer computes logits from the LM head alone; a model that does more to them would be trained wrongly."""
+    load = phases.load_model
+
+    def double(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.logits = 2 * output.logits
+        return output
+
+    def scaling(*arguments: Any) -> Any:
+        model = load(*arguments)
+        model.register_forward_hook(double)
+        return model
+
+    run = Phases(tmp_path, untrained(make_collection("llama"), tmp_path / "start"))
+    monkeypatch.setattr(phases, "load_model", scaling)
+    with refuses(FusionRouteError, "after the LM head", "report"):
+        run.sft()
 
 
 def test_a_weight_that_is_not_finite_is_not_exported(make_router: Any, tmp_path: Path, refuses: Any) -> None:

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,13 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.training.running import Progress, StopOnNan, last_checkpoint, make_arguments, quiet
+from fusionroute.training.running import (
+    Progress,
+    StopOnNan,
+    last_checkpoint,
+    make_arguments,
+    train_to_the_end,
+)
 from fusionroute.training.trainer import RouterArguments
 
 
@@ -53,6 +61,24 @@ def test_given_arguments_beat_defaults(tmp_path: Path) -> None:
     args = make_arguments(RouterArguments, tmp_path, given)
     assert (args.save_total_limit, args.gradient_checkpointing, args.beta) == (7, True, 0.5)
     assert args.output_dir == str(tmp_path / "x")
+
+
+def test_a_process_uses_one_of_the_gpus_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than one would be DataParallel, which cuts flat positions and rows at the same places.
+    own: Any = vars(TrainingArguments)["_setup_devices"]  # cached by functools or, in older versions, by transformers
+    setup = getattr(own, "func", None) or own.fget
+
+    def four(args: TrainingArguments) -> torch.device:
+        device = setup(args)
+        args._n_gpu = 4
+        return device
+
+    seen = cached_property(four)
+    seen.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+    assert TrainingArguments(str(tmp_path), use_cpu=True).train_batch_size == 4 * 8
+    args = make_arguments(RouterArguments, tmp_path, {"per_device_train_batch_size": 8})
+    assert (args.n_gpu, args.train_batch_size) == (1, 8)
 
 
 @pytest.mark.parametrize("name", ["route_loss", "bias", "routing"])
@@ -130,6 +156,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
 @dataclass
 class Args:
     learning_rate: float = 0.5
+    fp16: bool = False
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
@@ -146,7 +173,53 @@ def test_no_stop_without_nan(logs: dict[str, float] | None) -> None:
     StopOnNan().on_log(Args(), TrainerState(global_step=7), TrainerControl(), logs=logs)  # type: ignore[arg-type]
 
 
+def test_an_infinite_gradient_is_the_scalers_business_in_float16() -> None:
+    """It raises the scale until that happens, and skips the step; a loss that is no number is still the end."""
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.full_like(model.weight, float("inf"))
+    half: Any = Args(fp16=True)
+    state = TrainerState(global_step=7)
+    with pytest.raises(FusionRouteError, match="step 8: grad_norm is inf"):
+        StopOnNan().on_pre_optimizer_step(Args(), state, TrainerControl(), model=model)  # type: ignore[arg-type]
+    StopOnNan().on_pre_optimizer_step(half, state, TrainerControl(), model=model)
+    StopOnNan().on_log(half, state, TrainerControl(), logs={"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(FusionRouteError, match="loss is nan"):
+        StopOnNan().on_log(half, state, TrainerControl(), logs={"loss": float("nan")})
+
+
 # ---------------------------------------------------------------------------------------------------- progress
+
+
+class Bar:
+    """A bar of rich's, as far as it matters here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.shown = False
+
+    def start(self) -> None:
+        self.shown = True
+
+    def stop(self) -> None:
+        self.shown = False
+
+    def add_task(self, *_: Any, **__: Any) -> int:
+        return 0
+
+
+def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path: Path) -> None:
+    progress, bar = Progress("router"), Bar()
+
+    def train() -> None:
+        progress.bar = bar
+        bar.start()
+        raise KeyboardInterrupt
+
+    trainer = SimpleNamespace(
+        train=train, remove_callback=lambda _: None, callback_handler=SimpleNamespace(callbacks=[progress])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(trainer, tmp_path)
+    assert not bar.shown
 
 
 def test_progress_writes_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,17 +234,3 @@ def test_progress_writes_a_line_where_there_is_no_terminal(capsys: pytest.Captur
     assert line.startswith("router: step 4/10  loss 1.2500  ")
     assert "tokens/s" in line
     assert "min left" in line
-
-
-def test_quiet_restores_verbosity_after_an_error() -> None:
-    from transformers.utils import logging
-
-    def fail() -> None:
-        with quiet():
-            assert logging.get_verbosity() == logging.ERROR
-            raise RuntimeError("inside")
-
-    before = logging.get_verbosity()
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert logging.get_verbosity() == before

@@ -45,13 +45,13 @@ def carried(collection: Path, name: str) -> Path | None:
 
 
 def split_adapter(source: str) -> tuple[str, str | None]:
-    """SOURCE+ADAPTER in two; the adapter is None where none is named. Paths may hold a plus sign too."""
+    """SOURCE+ADAPTER in two; the adapter is None where none is named. Paths may hold plus signs too."""
     parts = source.split("+")
     ways = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(1, len(parts))]
     folders = [way for way in ways if (Path(way[1]) / "adapter_config.json").is_file()]
     if folders or not ways or Path(source).exists():
         return folders[0] if folders else (source, None)
-    return ways[0]
+    return next((way for way in ways if Path(way[0]).exists()), ways[0])
 
 
 def reward_source(collection: Path, base: str | None, given: str | None, name: str = "reward") -> str | None:

@@ -5,7 +5,8 @@ with α above 0 a rollout also pays for how far its expert strays from a referen
 `Σ log π_expert − log π_reference` over candidate and rollout. Candidates share the keys and values of the text before
 them; where all experts propose one and the same token nothing is rolled out, for there is nothing to choose.
 
-It takes and gives what the engine does (`submit`, `step`), so whatever drives the engine drives it. Knows no task.
+It takes and gives what the engine does (`submit`, `step`, `abandon`), so whatever drives the engine drives it. Knows no
+task.
 """
 
 import math
@@ -103,6 +104,8 @@ class Collab:
         reward: scores candidates.
         members: the collection's members in their pools, to share an idle engine's.
     """
+
+    waiting: tuple[()] = ()  # every row begins with the next step
 
     def __init__(
         self,

@@ -90,7 +90,7 @@ class Bench:
         self.members: dict[bool, Members] = {}
 
     def prompts(self) -> list[list[int]]:
-        """Prompts of the three domains in turn, as ids; those whose fused answer loops last."""
+        """Prompts of the three domains in turn, as ids."""
         texts = [text for group in zip(*PROMPTS.values(), strict=True) for text in group]
         return [list(encode_chat(self.tokenizer, [{"role": "user", "content": text}])) for text in texts]
 
@@ -192,7 +192,7 @@ def measure_collection(name: str | None, *, quick: bool, batches: Sequence[int] 
 
     from fusionroute import collection
     from fusionroute.modeling import FusionRouteForCausalLM
-    from fusionroute.training.running import quiet
+    from fusionroute.progress import quiet
 
     folder = collection.locate(name)
     with quiet():
@@ -243,7 +243,7 @@ def decode(
             "dtype": str(model.members[0].model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "load_before": load,
-            "memory_gigabytes_per_second": bandwidth(),
+            "memory_gigabytes_per_second": bandwidth(model.device),
             "members": [member.name for member in model.members],
             "yardstick": f"{YARDSTICK} of {bench.expert}",
             "new_tokens": {str(batch): new for batch, new in plan.items()},

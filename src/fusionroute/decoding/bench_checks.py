@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from fusionroute.modeling import FusionRouteForCausalLM
 
 
-def bandwidth(size: int = 1 << 28) -> float:
-    """GB/s of reading memory: the best of some sums over a tensor that no cache holds."""
-    data = torch.ones(size // 4)
+def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """GB/s of reading a device's memory: the best of some sums over a tensor of `size` bytes, which no cache holds."""
+    data = torch.ones(size // 4, device=device)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        data.sum()
+        data.sum().item()  # a GPU has not summed before it is asked for
         seconds.append(time.perf_counter() - started)
     return size / min(seconds) / 1e9
 
@@ -56,7 +56,7 @@ class Metronome(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.calls += self.period
-        scores = torch.zeros(*hidden.shape[:-1], self.experts)
+        scores = torch.zeros(*hidden.shape[:-1], self.experts, device=hidden.device)
         scores[..., self.calls % self.experts] = 1
         return scores
 

@@ -51,7 +51,7 @@ def loops(ids: Sequence[int]) -> bool:
 
 
 class Yardstick:
-    """transformers' `generate` of one expert, its adapter merged; same dtype, threads and attention."""
+    """transformers' `generate` of one expert, its adapter merged; same dtype, device, threads and attention."""
 
     def __init__(self, model: "FusionRouteForCausalLM", expert: str) -> None:
         from peft import PeftModel
@@ -60,7 +60,8 @@ class Yardstick:
 
         member = model.experts[model.config.expert_index(expert)]
         assert member.folder is not None
-        options = LoadOptions(dtype=member.model.dtype, attn_implementation=member.config._attn_implementation)
+        attention = member.config._attn_implementation
+        options = LoadOptions(member.model.dtype, member.model.device, attention)
         alone: Any = load_model(member.folder, options)
         if member.adapter_folder is not None:
             alone = PeftModel.from_pretrained(alone, str(member.adapter_folder)).merge_and_unload()
@@ -69,14 +70,14 @@ class Yardstick:
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Sequence[int]], new: int) -> Turn:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         ends = self.config.eos_token_id
         times: list[float] = []
 
         def clock(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             times.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         started = time.perf_counter()
         output = self.model.generate(

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from fusionroute.decoding.members import Members, free_memory
+from fusionroute.decoding.members import Members
+from fusionroute.decoding.memory import free_memory
 
 
 class KVBudget:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusionroute.decoding.members import Job
 from fusionroute.decoding.sampling import draw
+from fusionroute.errors import UsageError
 
 if TYPE_CHECKING:
     from fusionroute.decoding.members import Members
@@ -40,11 +41,18 @@ class PromptLookup:
 
     Args:
         longest, shortest: tokens that must agree; longer agreement is tried first.
+
+    Raises:
+        UsageError: nothing could ever be found: `shortest` is below 1 or above `longest`.
     """
 
     name = "prompt-lookup"
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        if not 1 <= shortest <= longest:
+            raise UsageError(
+                f"prompt lookup needs 1 <= shortest <= longest, not shortest {shortest}, longest {longest}"
+            )
         self.lengths = range(longest, shortest - 1, -1)
 
     def start(self) -> Draft:

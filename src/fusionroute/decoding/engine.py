@@ -9,8 +9,10 @@ KV memory. Knows ids and a tokenizer's text; nothing of HTTP.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,17 +24,15 @@ from fusionroute.decoding.emitting import Drawn, emit
 from fusionroute.decoding.fused import Span, fused_logits
 from fusionroute.decoding.members import Job, Members
 from fusionroute.decoding.pace import Acceptance, CostModel, FastestMode
+from fusionroute.decoding.passes import Mode, behind, beside_router, chosen, guesses
 from fusionroute.decoding.prefixes import Prefixes
-from fusionroute.decoding.rows import Block, Completion, Event, Request, Row
+from fusionroute.decoding.rows import Block, Completion, Event, Finish, Request, Row
 from fusionroute.decoding.sampling import draw
-from fusionroute.errors import UsageError
+from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
     from fusionroute.modeling import FusionRouteForCausalLM
-
-# Which experts run in the router's pass: none, the one that wrote the row's last token, or all.
-Mode = Literal["auto", "lazy", "predicted", "all"]
 
 
 class Engine:
@@ -50,7 +50,8 @@ class Engine:
         reuse: keep what was read for rows that have ended, in what the budget has left, for rows that begin alike.
 
     Raises:
-        UsageError: a drafter, or reuse, for a member whose cache cannot take tokens back.
+        UsageError: an unknown mode or drafts of no token; a drafter, or reuse, for a member whose cache cannot take
+            tokens back.
     """
 
     def __init__(
@@ -65,6 +66,10 @@ class Engine:
         kv_budget: int | None = None,
         reuse: bool = False,
     ) -> None:
+        if mode not in get_args(Mode):
+            raise UsageError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+        if draft_length < 1:
+            raise UsageError(f"draft_length must be at least 1, not {draft_length}")
         self.model, self.tokenizer = model, tokenizer
         self.members = Members(model) if members is None else members
         self.context: int = model.config.max_position_embeddings
@@ -79,12 +84,11 @@ class Engine:
             )
         self.prefixes = Prefixes(self.members) if reuse else None
         self.budget = KVBudget(self.members, kv_budget)
-        beside = [i for i in range(len(self.names)) if self.members.of[i + 1] is self.members.of[0]]
+        beside = any(beside_router(self.members, expert) for expert in range(len(self.names)))
         modes = ["predicted", "all"] if mode == "auto" and beside else ["lazy" if mode == "auto" else mode]
         # Drafts row by row pay or are not made; that they pay as a whole is measured too, as a mode of its own.
         drafting = [False] if drafter is None else [True, False]
         self.modes = FastestMode([(mode, drafts) for mode in modes for drafts in drafting])
-        self.beside = beside
         self.costs = {mode: CostModel() for mode in modes}  # of a step, for the price of a draft
         self.draft_cost = CostModel()  # of a pass in which the router drafts
         self.acceptance = Acceptance(draft_length, decay=0.98)  # of all rows, where a new one starts
@@ -92,6 +96,7 @@ class Engine:
         self.proposed = 0  # drafted tokens, since the start
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
+        self._inboxes: dict[int, deque[Event]] = {}  # of rows that `generate` or `stream` waits for
         self._numbers = 0
 
     # -------------------------------------------------------------------------------------------------- rows
@@ -100,25 +105,10 @@ class Engine:
         """Queue a row and return its number.
 
         Raises:
-            UsageError: an empty prompt, no room in the context or the KV budget, ids outside the vocabulary, an
-                unknown expert, stop strings without a tokenizer.
+            UsageError: what `Request.check` refuses, an unknown expert, more than the KV budget holds.
         """
-        if not len(request.prompt):
-            raise UsageError("the prompt has no token")
-        if len(request.prompt) >= self.context:
-            raise UsageError(f"the prompt has {len(request.prompt)} tokens and the context {self.context}: shorten it")
-        if max(request.prompt) >= self.model.config.vocab_size:
-            raise UsageError(
-                f"the prompt has token id {max(request.prompt)}, the members share {self.model.config.vocab_size} ids"
-            )
-        if (bias := request.sampling.bias) and not 0 <= min(bias) <= max(bias) < self.model.config.vocab_size:
-            raise UsageError(
-                f"the bias has token ids {min(bias)} to {max(bias)}, the members share {self.model.config.vocab_size}"
-            )
-        if request.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        if request.stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer: give the engine one")
+        text = self.tokenizer is not None
+        request.check(context=self.context, vocab_size=self.model.config.vocab_size, text=text)
         row = Row(self._numbers, request, self)
         if refusal := self.budget.refusal(self._need(row)):
             tokens = f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones"
@@ -180,35 +170,69 @@ class Engine:
 
         Raises:
             UsageError: a request that can never run; before any has.
+            Exception: what a step raised; every row of the engine is dropped then.
         """
-        numbers = [self.submit(request) for request in requests]
-        answers = {number: Completion([], [], [], "cancelled") for number in numbers}
-        while self.waiting or self.active:
-            for event in self.step():
-                answer = answers.get(event.row)
-                if answer is None:
-                    continue
-                answer.tokens += event.tokens
-                answer.logprobs += event.logprobs
-                answer.candidates += event.candidates
-                if event.finish is not None:
-                    answer.finish, answer.error, answer.tail = event.finish, event.error, event.tail
-        return [answers[number] for number in numbers]
+        wanted = list(requests)
+        answers = [Completion() for _ in wanted]
+        with closing(self._drain(wanted)) as events:
+            for index, event in events:
+                answers[index].add(event)
+        return answers
 
     def stream(self, request: Request) -> Iterator[TokenTrace]:
-        """Yield the trace of each new token; an end id ends the row and is not yielded."""
-        number = self.submit(request)
+        """Yield the trace of each new token; an end id ends the row and is not yielded.
+
+        A token whose text may still go on comes with the one after it. Streams may be read by turns.
+
+        Raises:
+            UsageError: a request that can never run.
+            FusionRouteError: the row was dropped, since a step that another waited for had failed.
+            Exception: what the request's mask, or the step, raised.
+        """
+        kept: list[TokenTrace] = []
+        finish: Finish | None = None
+        with closing(self._drain([request])) as events:
+            for _, event in events:
+                kept += event.tokens
+                if event.tail:
+                    kept[-1] = replace(kept[-1], text=kept[-1].text + event.tail)
+                ready = len(kept) - event.withheld
+                yield from kept[:ready]
+                del kept[:ready]
+                finish = event.finish
+                if event.error is not None:
+                    raise event.error
+        if finish is None:
+            raise FusionRouteError("the answer is cut off: a step failed and every row was dropped; ask again")
+
+    def _drain(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
+        """Run requests to their ends; yields (index of the request, what a step gave it).
+
+        Others may step the engine meanwhile: what that gives these rows waits in their inbox. Rows that have not ended
+        when the caller leaves, or when one is refused, are taken out; all rows are when a step fails.
+        """
+        inbox: deque[Event] = deque()
+        indices: dict[int, int] = {}  # by row
         try:
-            finish = None
-            while finish is None:
-                for event in self.step():
-                    if event.row == number:
-                        yield from event.tokens
-                        finish = event.finish
-                        if event.error is not None:
-                            raise event.error
+            for index, request in enumerate(requests):
+                number = self.submit(request)
+                indices[number], self._inboxes[number] = index, inbox
+            left = len(indices)
+            while left and (inbox or self.waiting or self.active):
+                if not inbox:
+                    try:
+                        self.step()
+                    except BaseException:
+                        self.abandon()
+                        raise
+                while inbox:
+                    event = inbox.popleft()
+                    left -= event.finish is not None
+                    yield indices[event.row], event
         finally:
-            self.cancel(number)
+            for number in indices:
+                del self._inboxes[number]
+                self.cancel(number)
 
     # -------------------------------------------------------------------------------------------------- a step
 
@@ -223,7 +247,7 @@ class Engine:
         began = time.perf_counter()
         drafts = self._drafts(mode) if drafting else [([], [])] * len(self.active)
         blocks = [row.pending or Block(row, *drafted) for row, drafted in zip(self.active, drafts, strict=True)]
-        behind, read = self._behind(blocks, mode), sum(self.members.tokens)
+        missed, read = behind(self.members, blocks, mode), sum(self.members.tokens)
         started = time.perf_counter()
         undone = blocks
         while undone:
@@ -238,14 +262,22 @@ class Engine:
             if block.done:
                 self._settle(block)
         ended = time.perf_counter()
-        late = (ended - started) * behind / max(sum(self.members.tokens) - read, 1)
+        late = (ended - started) * missed / max(sum(self.members.tokens) - read, 1)
         self.modes.toll(len(blocks), late)
         # A prefill says nothing of what a step costs.
         if self.members.visits == visits and not prompts:
             tokens = sum(len(block.event.tokens) for block in blocks if block.done)
             self.modes.add((mode, drafting), len(blocks), tokens, ended - began - late)
             self.costs[mode].add(len(blocks), sum(len(drafted) for drafted, _ in drafts), ended - started)
-        return [block.event if block.done else Event(block.row.number) for block in blocks]
+        return [self._event(block) for block in blocks]
+
+    def _event(self, block: Block) -> Event:
+        """What the step gave the block's row, also into the inbox of whoever waits for it."""
+        event, text = block.event if block.done else Event(block.row.number), block.row.text
+        event.withheld = event.finish is None and text is not None and text.withholds
+        if (inbox := self._inboxes.get(event.row)) is not None:
+            inbox.append(event)
+        return event
 
     def _drafts(self, mode: str) -> list[tuple[list[int], list[Tensor]]]:
         """A draft for each active row, possibly empty, and the router's hidden states if it made it."""
@@ -282,7 +314,7 @@ class Engine:
             if row.routed and not begun:
                 jobs.append(Job(0, row.number, block.ids, block.count - len(block.held)))
                 owners.append((block, None, 0))
-            for expert, start, end in self._chosen(block) if begun else self._guesses(block, mode):
+            for expert, start, end in chosen(self.members, block) if begun else guesses(self.members, block, mode):
                 jobs.append(Job(expert + 1, row.number, block.ids[: block.first + end], end - start + 1))
                 owners.append((block, expert, start))
         for (block, owner, start), hidden in zip(owners, self.members.run(jobs), strict=True):
@@ -299,39 +331,6 @@ class Engine:
                 block.scores = scores[at : at + block.count]
                 block.decide(routes[at : at + block.count])
                 at += block.count
-
-    def _guesses(self, block: Block, mode: str) -> list[tuple[int, int, int]]:
-        """Experts to run in the router's pass, over the whole block: (expert, first position, last position)."""
-        row = block.row
-        experts: list[int] = []
-        if row.expert is not None:
-            experts = [row.expert]
-        elif row.uniform or mode == "all":
-            experts = list(range(len(self.names)))
-        elif mode == "predicted" and row.last_route in self.beside:
-            experts = [row.last_route]
-        return [(expert, 0, block.count - 1) for expert in experts]
-
-    def _behind(self, blocks: Sequence[Block], mode: str) -> int:
-        """Tokens that guessed experts have missed of rows that have begun to write: what `mode` asks for first."""
-        return sum(
-            block.first - 1 - self.members.seen(expert + 1, block.row.number)
-            for block in blocks
-            if block.row.new and not block.begun
-            for expert, *_ in self._guesses(block, mode)
-        )
-
-    def _chosen(self, block: Block) -> list[tuple[int, int, int]]:
-        """The chosen experts that have not run, each as far into the block as it is chosen."""
-        first = block.routes[block.at]
-        # Another expert on the same weights may as well come along, should the draft hold until its turn.
-        wanted = {first} | {
-            e
-            for j, e in enumerate(block.routes)
-            if j >= block.at and not block.has(j) and self.members.of[e + 1] is self.members.of[first + 1]
-        }
-        chosen = {e: [j for j in range(block.at, block.count) if block.routes[j] == e] for e in sorted(wanted)}
-        return [(expert, positions[0], positions[-1]) for expert, positions in chosen.items()]
 
     def _decide(self, blocks: Sequence[Block]) -> None:
         """Draw at every position whose expert has run, until a draft fails or the row ends."""

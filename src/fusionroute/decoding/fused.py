@@ -30,16 +30,15 @@ def fused_logits(members: Members, spans: Sequence[Span]) -> tuple[Tensor, Tenso
             parts.append((0, block.router[start:upto]))
         parts += [(e + 1, block.hidden(e, j)) for j in range(start, upto) for e in block.running(j)]
     found = iter(members.logits(parts))
-    experts, routers, alphas = [], [], []
+    experts, routers, weights = [], [], []
     for block, start, upto in spans:
         router = None if block.router is None else next(found)
         each = [[next(found) for _ in block.running(j)] for j in range(start, upto)]
         expert = torch.cat([logits[0] if len(logits) == 1 else fusion.product(logits) for logits in each])
         experts.append(expert)
         routers.append(expert if router is None else router)
-        alphas += [0.0 if router is None else block.row.alpha] * (upto - start)
+        weights += [0.0 if router is None else block.row.alpha] * (upto - start)
     expert_logits, router_logits = torch.cat(experts), torch.cat(routers)
-    if len(set(alphas)) == 1:
-        return fusion.fuse(router_logits, expert_logits, alphas[0]), expert_logits, router_logits
-    weight = torch.tensor(alphas, device=expert_logits.device).unsqueeze(-1)
-    return expert_logits.float() + weight * router_logits.float(), expert_logits, router_logits
+    same = len(set(weights)) == 1
+    alpha = weights[0] if same else torch.tensor(weights, device=expert_logits.device).unsqueeze(-1)
+    return fusion.fuse(router_logits, expert_logits, alpha), expert_logits, router_logits

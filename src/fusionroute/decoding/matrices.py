@@ -62,5 +62,5 @@ class Matrix:
         return y
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y + W x`."""
+        """`y + W x`, of a matrix without a bias."""
         return y + self(x) if self.blocks else torch.addmm(y, x, self.weight.T)

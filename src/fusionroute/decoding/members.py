@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
 from fusionroute.decoding.matrices import Matrix
+from fusionroute.decoding.memory import free_memory
 from fusionroute.decoding.products import UnsupportedError
 from fusionroute.decoding.transformer import Span, Transformer
 from fusionroute.lm_head import Head, hidden_states
@@ -43,6 +43,7 @@ class Pool(Protocol):
     matrices: list[Tensor]  # that a pass reads
 
     def run(self, jobs: Sequence[Job]) -> list[Tensor]: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
     def seen(self, member: int, row: int) -> int: ...
     def rewind(self, row: int, length: int) -> None: ...
     def fork(self, member: int, row: int, copy: int) -> None: ...
@@ -68,18 +69,17 @@ class PackedPool:
     Args:
         members: by member number.
         head: of their model.
-        merge: fold the only member's adapter into a copy of its weights.
-        blocks: as in `Matrix`.
+        merge, blocks, compile: as of `Transformer`.
     """
 
     rewindable = True
 
-    def __init__(self, members: dict[int, Member], head: Head, *, merge: bool, blocks: bool) -> None:
+    def __init__(self, members: dict[int, Member], head: Head, *, merge: bool, blocks: bool, compile: bool) -> None:
         model = next(iter(members.values())).model
         if hasattr(model.get_output_embeddings(), "lora_A"):
             raise UnsupportedError("an adapter on the LM head")
         lanes = [member.adapter for member in members.values()]
-        self.transformer = Transformer(model, lanes, merge=merge, blocks=blocks)
+        self.transformer = Transformer(model, lanes, merge=merge, blocks=blocks, compile=compile)
         self.head, self.device = head, self.transformer.device
         self.matrices = [*self.transformer.matrices, head.linear.weight]
         self.lanes = {number: lane for lane, number in enumerate(members)}
@@ -100,6 +100,9 @@ class PackedPool:
         for job in jobs:
             self.marks[job.member, job.row] = len(job.ids)
         return list(hidden.split([job.keep for job in jobs]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
 
     def seen(self, member: int, row: int) -> int:
         return self.marks.get((member, row), 0)
@@ -162,6 +165,8 @@ class PlainPool:
 
         self.number, self.member, self.device = number, member, member.model.device
         self.head = Head(member.model, vocab_size)
+        # PEFT may have wrapped the LM head; which adapter is on is then that of whoever ran last.
+        self.adapted_head = member.peft is not None and type(self.head.linear) is not torch.nn.Linear
         self.matrices = list(member.model.parameters())
         self.caches: dict[int, Any] = {}
         self.marks: dict[int, int] = {}
@@ -175,12 +180,20 @@ class PlainPool:
         self.member.activate()
         kept = []
         for job in jobs:
-            cache = self.caches.setdefault(job.row, self.new_cache())
+            if job.row not in self.caches:
+                self.caches[job.row] = self.new_cache()
             ids = torch.tensor([list(job.ids[self.seen(self.number, job.row) :])], device=self.device)
-            hidden = hidden_states(self.member.model, input_ids=ids, past_key_values=cache, use_cache=True)
+            hidden = hidden_states(
+                self.member.model, input_ids=ids, past_key_values=self.caches[job.row], use_cache=True
+            )
             self.marks[job.row] = len(job.ids)
             kept.append(hidden[0, hidden.shape[1] - job.keep :])
         return kept
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.adapted_head:
+            self.member.activate()
+        return self.head(hidden)
 
     def seen(self, member: int, row: int) -> int:
         return self.marks.get(row, 0)
@@ -236,9 +249,17 @@ class Members:
         separate: every member has weights of its own, adapters merged into copies; else adapters on one base share it.
         blocks: multiply with copies of the weights, laid out for speed, where the machine has such a layout (CPUs);
             else the weights are those of `model`. None: if a quarter of the free memory holds the copies.
+        compile: as of `Transformer`. Steps of a size that was not seen before wait for the compiler.
     """
 
-    def __init__(self, model: "FusionRouteForCausalLM", *, separate: bool = False, blocks: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: "FusionRouteForCausalLM",
+        *,
+        separate: bool = False,
+        blocks: bool | None = None,
+        compile: bool = False,
+    ) -> None:
         groups: dict[int, dict[int, Member]] = {}
         for number, member in enumerate(model.members):
             groups.setdefault(number if separate else id(member.model), {})[number] = member
@@ -250,7 +271,8 @@ class Members:
             blocks = 0 < size < free_memory(torch.device("cpu")) // 4
         heads: dict[int, Matrix] = {}
         for group in groups.values():
-            for numbers, pool in _pools(group, heads, model.config.vocab_size, merge=separate, blocks=blocks):
+            how = {"merge": separate, "blocks": blocks, "compile": compile}
+            for numbers, pool in _pools(group, heads, model.config.vocab_size, **how):
                 self.pools.append(pool)
                 for number in numbers:
                     self.of[number] = pool
@@ -336,14 +358,14 @@ class Members:
         for pool in self.pools:
             mine = [i for i, (member, _) in enumerate(parts) if self.of[member] is pool]
             if mine:
-                logits = pool.head(torch.cat([parts[i][1] for i in mine])).to(self.device)
+                logits = pool.logits(torch.cat([parts[i][1] for i in mine])).to(self.device)
                 for i, piece in zip(mine, logits.split([len(parts[i][1]) for i in mine]), strict=True):
                     results[i] = piece
         return results
 
 
 def _pools(
-    group: dict[int, Member], heads: dict[int, Matrix], vocab_size: int, *, merge: bool, blocks: bool
+    group: dict[int, Member], heads: dict[int, Matrix], vocab_size: int, *, merge: bool, blocks: bool, compile: bool
 ) -> list[tuple[list[int], Pool]]:
     """The pools of members on one model, and their numbers; `heads` are the LM heads laid out so far."""
     model = next(iter(group.values())).model
@@ -354,13 +376,6 @@ def _pools(
         linear = heads[id(linear)]
     try:
         head = Head(model, vocab_size, linear=linear)
-        return [(list(group), PackedPool(group, head, merge=merge, blocks=blocks))]
+        return [(list(group), PackedPool(group, head, merge=merge, blocks=blocks, compile=compile))]
     except UnsupportedError:
         return [([number], PlainPool(number, member, vocab_size)) for number, member in group.items()]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

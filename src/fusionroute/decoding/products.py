@@ -71,9 +71,11 @@ class Product:
         self, modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool = False, blocks: bool = False
     ) -> None:
         bases = [base_of(module) for module in modules]
-        # Quantised layers derive from Linear.
-        if other := next((base for base in bases if type(base) is not torch.nn.Linear), None):
-            raise UnsupportedError(f"{type(other).__name__} is not a plain linear layer (quantised?)")
+        # Quantised layers derive from Linear, or hold a weight that is more than a tensor.
+        for base in bases:
+            if type(base) is not torch.nn.Linear or type(base.weight) is not torch.nn.Parameter:
+                kinds = f"{type(base).__name__} of {type(base.weight).__name__}"
+                raise UnsupportedError(f"{kinds} is not a plain linear layer (quantised?)")
         weights = [base.weight for base in bases]
         found = [[factors(module, lane) for module in modules] for lane in lanes]
         self.out = sum(weight.shape[0] for weight in weights)

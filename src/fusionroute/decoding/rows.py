@@ -1,5 +1,6 @@
 """One row's life in the engine: what was asked, what is written so far, what one step decides, what comes out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ from fusionroute.decoding.drafting import Draft
 from fusionroute.decoding.pace import Acceptance
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.decoding.text import TextPieces
+from fusionroute.errors import UsageError, require
 from fusionroute.fusion import TokenTrace
 
 if TYPE_CHECKING:
@@ -50,6 +52,37 @@ class Request:
     logprobs: int | None = None
     candidates: int = 0
 
+    def check(self, *, context: int, vocab_size: int, text: bool) -> None:
+        """Refuse what can never run on a collection.
+
+        Args:
+            context: tokens that a row may have, prompt included.
+            vocab_size: ids that the members share.
+            text: whether ids can be decoded, as stop strings need.
+
+        Raises:
+            UsageError: an empty prompt, no room in the context, ids outside the vocabulary, an unknown routing, numbers
+                out of their ranges, stop strings without text.
+        """
+        if not len(self.prompt):
+            raise UsageError("the prompt has no token")
+        if len(self.prompt) >= context:
+            raise UsageError(f"the prompt has {len(self.prompt)} tokens and the context {context}: shorten it")
+        for what, ids in (("prompt", list(self.prompt)), ("bias", list(self.sampling.bias or [0]))):
+            if not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = min(ids) if min(ids) < 0 else max(ids)
+                raise UsageError(f"the {what} has token id {wrong}, the members share {vocab_size} ids")
+        rules = {
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "alpha must be finite": self.alpha is None or math.isfinite(self.alpha),
+            "routing must be token, query or uniform": self.routing in ("token", "query", "uniform"),
+            "logprobs must be at least 0": self.logprobs is None or self.logprobs >= 0,
+            "candidates must be at least 0": self.candidates >= 0,
+        }
+        require(self, rules)
+        if self.stop and not text:
+            raise UsageError("stop strings need a tokenizer: give the engine one")
+
 
 @dataclass(frozen=True)
 class Logprobs:
@@ -72,8 +105,9 @@ class Candidates:
 class Event:
     """What one step gave one row: its new tokens, and why it ended if it did.
 
-    `tail` is text that was held back for a stop string that did not come; `end` the end id that ended the row, which is
-    not among its tokens, with its log-probability where those are asked for.
+    `withheld` says that the last token's text may still go on: it ends within a character, or in what may begin a stop
+    string. `tail` is what was so held back when the row ended; `end` the end id that ended it, which is not among its
+    tokens, with its log-probability where those are asked for.
     """
 
     row: int
@@ -82,18 +116,22 @@ class Event:
     candidates: list[Candidates] = field(default_factory=list)
     finish: Finish | None = None
     error: Exception | None = None
+    withheld: bool = False
     tail: str = ""
     end: tuple[int, Logprobs] | None = None
 
 
 @dataclass
 class Completion:
-    """One whole answer."""
+    """One whole answer; `tail` is text that was held back for a stop string that did not come, and has no token.
 
-    tokens: list[TokenTrace]
-    logprobs: list[Logprobs]
-    candidates: list[Candidates]
-    finish: Finish
+    `finish` is `cancelled` if the row was taken out before it ended.
+    """
+
+    tokens: list[TokenTrace] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    candidates: list[Candidates] = field(default_factory=list)
+    finish: Finish = "cancelled"
     error: Exception | None = None
     tail: str = ""
 
@@ -104,6 +142,14 @@ class Completion:
     @property
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
+
+    def add(self, event: Event) -> None:
+        """Take in what one step gave the row."""
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        self.candidates += event.candidates
+        if event.finish is not None:
+            self.finish, self.error, self.tail = event.finish, event.error, event.tail
 
 
 class Row:

@@ -3,6 +3,7 @@
 The steps are those of transformers' `generate`, in its order, on the fused logits. Knows nothing of models.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from fusionroute.errors import UsageError, require
 
 _MASK = (1 << 64) - 1
+# Divided by less, logits may be infinite in float32, and the arg-max of several infinities is the first.
+_COLDEST = 1e-30
 
 Mask = Callable[[Sequence[int]], Collection[int] | Tensor]
 
@@ -50,7 +53,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature must be at least 0": self.temperature >= 0,
+            "temperature must be at least 0 and finite": 0 <= self.temperature < math.inf,
             "top_k must be at least 0": self.top_k >= 0,
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
             "min_p must be in [0, 1]": 0 <= self.min_p <= 1,
@@ -104,7 +107,9 @@ def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, end
         added[i] = added.get(i, 0.0) + value
     if added:
         logits = logits.index_add(
-            0, torch.tensor(list(added), device=logits.device), torch.tensor(list(added.values()), device=logits.device)
+            0,
+            torch.tensor(list(added), device=logits.device),
+            torch.tensor(list(added.values()), dtype=logits.dtype, device=logits.device),
         )
     if new < sampling.min_tokens and ends:
         logits = logits.index_fill(0, torch.tensor(sorted(ends), device=logits.device), float("-inf"))
@@ -117,7 +122,7 @@ def adjust(logits: Tensor, sampling: Sampling, ids: Sequence[int], new: int, end
         logits = torch.full_like(logits, float("-inf")).index_copy(0, allowed, logits[allowed])
     if sampling.temperature == 0:
         return logits
-    logits = logits / sampling.temperature
+    logits = logits / max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     if sampling.top_p < 1:

@@ -20,6 +20,11 @@ class TextPieces:
         self.held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
+    @property
+    def withholds(self) -> bool:
+        """Whether the text so far goes on: it ends within a character, or in what may begin a stop string."""
+        return bool(self.held) or self.read < len(self.ids)
+
     def push(self, token: int, *, last: bool = False) -> str:
         """The text that `token` completes; `stopped` says whether a stop string ended it."""
         piece = self._decode(token, last)

@@ -5,7 +5,7 @@ Llama family (Llama, Mistral, Qwen2, Gemma-2), whose differences are fields of `
 reading the weights costs; transformers' own forward spends as much again between its kernels. Knows no router.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,10 +117,17 @@ class Transformer:
         lanes: adapter names; a span's lane says which one applies to it. None is the base as it stands.
         merge: fold the adapter of the only lane into a copy of the weights.
         blocks: multiply with copies of the weights, laid out for speed; as in `Matrix`.
+        compile: let torch.compile join what stands between the products into fewer kernels; of other roundings.
     """
 
     def __init__(
-        self, model: Any, lanes: Sequence[str | None] = (None,), *, merge: bool = False, blocks: bool = False
+        self,
+        model: Any,
+        lanes: Sequence[str | None] = (None,),
+        *,
+        merge: bool = False,
+        blocks: bool = False,
+        compile: bool = False,
     ) -> None:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -135,6 +142,9 @@ class Transformer:
         self.norm = self._norm_weight(self.model.norm)
         self.layers = [self._layer(layer, lanes, merge=merge, blocks=blocks) for layer in self.model.layers]
         share_masks([product for layer in self.layers for product in layer[:4]])
+        # Their sizes change with every step: one kernel for all of them.
+        self._turn: Callable[..., Tensor] = torch.compile(_turned, dynamic=True) if compile else _turned
+        self._gate: Callable[..., Tensor] = torch.compile(_gated, dynamic=True) if compile else _gated
         self.adapted = [lane is not None and not merge for lane in lanes]
         self.blocks = self.layers[0].qkv.all.blocks
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
@@ -189,8 +199,8 @@ class Transformer:
                 index, self._normed(x, layer.norm_in), layer, groups, cos, sin, places, lanes, cache
             )
             x = x + self._normed(layer.output(attended, lanes), layer.norm_attention)
-            gate, up = layer.gate_up(self._normed(x, layer.norm_mlp), lanes).chunk(2, dim=-1)
-            x = x + self._normed(layer.down(layer.activation(gate) * up, lanes), layer.norm_out)
+            gated = self._gate(layer.gate_up(self._normed(x, layer.norm_mlp), lanes), layer.activation)
+            x = x + self._normed(layer.down(gated, lanes), layer.norm_out)
         return self._normed(x[self._kept(packed, order, keep)], self.norm)
 
     def _index(self, packed: Sequence[Span]) -> tuple[Tensor, Tensor, Lanes | None]:
@@ -237,19 +247,20 @@ class Transformer:
         shape, count = self.shape, groups[-1].tokens.stop
         both = shape.heads + shape.kv_heads
         projected = layer.qkv(x, lanes).unflatten(-1, (both + shape.kv_heads, shape.head_dim))
-        turned = projected[:, :both]
-        turned = torch.addcmul(turned * cos, turned.roll(shape.head_dim // 2, -1), sin)
+        turned = self._turn(projected[:, :both], cos, sin)
         cache.write(index, places, turned[:count, shape.heads :], projected[:count, both:])
         window = shape.windows[index]
         parts = [
-            self._scores(turned[group.tokens, : shape.heads], group, *cache.read(index, group.slots, group.end), window)
+            self._attend_group(
+                turned[group.tokens, : shape.heads], group, *cache.read(index, group.slots, group.end), window
+            )
             for group in groups
         ]
         if count < x.shape[0]:
             parts.append(parts[0].new_zeros(x.shape[0] - count, parts[0].shape[1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _scores(self, queries: Tensor, group: Group, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def _attend_group(self, queries: Tensor, group: Group, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """Attention of one group; heads that share keys are further queries, so nothing is repeated."""
         shape, rows = self.shape, keys.shape[0]
         ratio = shape.heads // shape.kv_heads
@@ -301,6 +312,18 @@ class Transformer:
             ends[original] = at
         places = [place for end, count in zip(ends, keep, strict=True) for place in range(end - count, end)]
         return torch.tensor(places, dtype=torch.long, device=self.device)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys `[N, H, D]` turned by their positions; `cos` and `sin` as `_rotation` gives them."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _gated(both: Tensor, activation: Any) -> Tensor:
+    """`[N, 2 i]`, gates beside what they let through, to `[N, i]`."""
+    gate, up = both.chunk(2, dim=-1)
+    gated: Tensor = activation(gate) * up
+    return gated
 
 
 def _positions(packed: Sequence[Span]) -> list[int]:

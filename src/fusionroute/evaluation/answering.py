@@ -1,7 +1,7 @@
 """Answers of one system to many prompts, on the engine, with what each of them cost. Knows no task and no result."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -47,29 +47,32 @@ class Answer:
         return asdict(self)
 
 
-def load_model(folder: Path, dtype: str | None, base: str | None) -> "tuple[FusionRouteForCausalLM, Any]":
-    """A collection, and its tokenizer.
+def load_collection(
+    folder: Path, dtype: str | None, base: str | None, device: str | None = None
+) -> "tuple[FusionRouteForCausalLM, Any]":
+    """A collection's model, and its tokenizer.
 
     Args:
         dtype: of the weights; None is as stored.
         base: replaces the base that adapters stand on, if any does.
+        device: of the weights; None is the first GPU, else the CPU.
     """
     from fusionroute.modeling import FusionRouteForCausalLM
-    from fusionroute.training.running import quiet
+    from fusionroute.progress import quiet
 
     with quiet():
         # What stands on no adapter has no base to replace.
         base = base if any(spec.adapter for spec in collections.read_config(folder).member_specs) else None
-        model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base, device=best_device())
+        model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base, device=device or best_device())
         return model, collections.load_tokenizer(folder)
 
 
 def load_engine(folder: Path, dtype: str | None, base: str | None) -> tuple[Engine, Any]:
-    """The engine of a collection, and its tokenizer; arguments as in `load_model`.
+    """The engine of a collection, and its tokenizer; arguments as in `load_collection`.
 
     It reads once what prompts begin with alike, where its members allow it.
     """
-    model, tokenizer = load_model(folder, dtype, base)
+    model, tokenizer = load_collection(folder, dtype, base)
     members = Members(model)
     return Engine(model, tokenizer, members=members, reuse=members.rewindable), tokenizer
 
@@ -88,10 +91,16 @@ R = TypeVar("R", bound=Request, contravariant=True)
 
 
 class Decoder(Protocol[R]):
-    """An engine, or what works like one."""
+    """An engine, or what works like one.
+
+    Attributes:
+        waiting: rows that are submitted and not begun; `abandon` leaves them.
+    """
 
     members: Members
 
+    @property
+    def waiting(self) -> Collection[Any]: ...
     def submit(self, request: R) -> int: ...
     def step(self) -> list[Event]: ...
     def abandon(self) -> None: ...
@@ -100,7 +109,8 @@ class Decoder(Protocol[R]):
 def answer(engine: Decoder[R], wanted: Iterable[tuple[str, R]], batch: int) -> Iterator[tuple[str, Answer]]:
     """Answer requests, `batch` at a time, and yield each with its key as it ends.
 
-    A request that the engine refuses, or whose row fails, is an answer with an `error`.
+    A request that the engine refuses, or whose row fails, is an answer with an `error`; so is every row that has begun
+    when a step fails.
     """
     waiting = iter(wanted)
     running: dict[int, tuple[str, Answer]] = {}
@@ -121,12 +131,16 @@ def answer(engine: Decoder[R], wanted: Iterable[tuple[str, R]], batch: int) -> I
         jobs, started = engine.members.jobs, time.perf_counter()
         try:
             events = engine.step()
-        except Exception as error:  # out of memory, for one: what ran is lost, and the others go on
+        except Exception as error:  # out of memory, for one: what ran is lost, what waits can still run
             engine.abandon()
-            for key, found in running.values():
+            unbegun = {row.number for row in engine.waiting}
+            lost = [number for number in running if number not in unbegun]
+            if not lost:  # the next step would fail as this one did
+                raise
+            for number in lost:
+                key, found = running.pop(number)
                 found.error = f"{type(error).__name__}: {first_line(error)}"
                 yield key, found
-            running.clear()
             continue
         seconds, jobs = time.perf_counter() - started, engine.members.jobs - jobs
         for event in events:

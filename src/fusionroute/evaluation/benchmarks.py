@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 TASK_FILES = Path(__file__).parent / "tasks"
 NAMES = tuple(scoring.SCORERS)
 HELD_OUT = ("gsm8k", "mbpp")  # those with rows that the recipes keep out of training
+CODE = ("mbpp", "humaneval")  # those whose answers are run
 _PREFIX = "fusionroute_"
 # Modules and packages whose version can change a score; lm-eval itself reads every task.
 _PACKAGES = {
     "math500": {"math_verify": "math-verify", "latex2sympy2_extended": "latex2sympy2-extended", "sympy": "sympy"},
     "ifeval": {"lm_eval": "lm_eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"},
 }
-_CODE = ("mbpp", "humaneval")
 
 Text = Annotated[str, pydantic.StringConstraints(pattern=r"\S")]
 
@@ -285,7 +285,7 @@ def _settings_of(name: str, task: Any, docs: Sequence[dict[str, Any]]) -> dict[s
         "sha256": digest.hexdigest(),
         "packages": {package: version(package) for package in _PACKAGES.get(name, {}).values()},
     }
-    if name in _CODE:
+    if name in CODE:
         settings |= {"python": ".".join(platform.python_version_tuple()[:2]), "limits": asdict(Limits())}
     return settings
 
@@ -310,7 +310,7 @@ def load_rows(
     import datasets
 
     name: str = rows["task"]
-    if name in _CODE:
+    if name in CODE:
         require_isolation(unsafe_code_execution)
     part = _part(rows, held_out)
     if data is None:

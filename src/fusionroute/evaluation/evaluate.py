@@ -10,24 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusionroute import collection as collections
 from fusionroute.baselines.carried import reward_source
 from fusionroute.baselines.collab import CollabSettings
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import forced, judging
-from fusionroute.evaluation.benchmarks import Benchmark, Item, load_task
+from fusionroute.evaluation.answering import load_collection
+from fusionroute.evaluation.benchmarks import CODE, Benchmark, Item, load_task
 from fusionroute.evaluation.execution import require_isolation
-from fusionroute.evaluation.generating import COLLAB_ROWS, answer_all, collab_all, lacking, select_all
+from fusionroute.evaluation.generating import COLLAB_ROWS, answer_all, collab_all, lacking, select_all, stored
 from fusionroute.evaluation.names import COLLAB, FINETUNED, OURS, SELECTION
 from fusionroute.evaluation.reward import RewardModel, describe
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import NotGivenError, Sources, System, find, parse
 from fusionroute.files import write_json
-
-if TYPE_CHECKING:
-    from fusionroute.modeling import FusionRouteForCausalLM
 
 TASKS = ("gsm8k", "math500", "mbpp", "humaneval", "ifeval", judging.TASK)
 WIN_RATES = "win rates"
@@ -72,12 +70,12 @@ class Evaluation:
     unsafe: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
     """One system on one benchmark: keys of its answers and scores, item by item; None where there can be none."""
 
-    answers: list[str | None] = field(default_factory=list)
-    scores: list[str | None] = field(default_factory=list)
+    answers: list[str | None]
+    scores: list[str | None]
 
 
 def evaluate(wanted: Evaluation) -> dict[str, Any]:
@@ -85,136 +83,197 @@ def evaluate(wanted: Evaluation) -> dict[str, Any]:
 
     Raises:
         UsageError: an unknown task or system, or a judge that may not judge; before anything runs.
+        FusionRouteError: data, weights or packages that cannot be had; a full disk.
     """
-    sources = Sources(
-        wanted.collection, wanted.out / "models", sft=wanted.sft, finetuned=wanted.finetuned, base=wanted.base
-    )
-    config = collections.read_config(wanted.collection)
-    names = parse(wanted.systems, config)
-    if wanted.collab.reference is not None:
-        config.expert_index(wanted.collab.reference)
-    benchmarks = [load_task(name, wanted.data, limit=wanted.limit, held_out=wanted.held_out) for name in wanted.tasks]
-    if {"mbpp", "humaneval"} & set(wanted.tasks):
-        require_isolation(wanted.unsafe)
-    named = {name for entry in wanted.systems for name in entry.split(",")}
-    systems: dict[str, System] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            if name in REWARDED:
-                _reward_source(wanted, name)
-            else:
-                systems[name] = find(name, sources)
-        except UsageError as error:
-            # Of what `all` means, a collection need not have everything, and not all experts can be merged.
-            if name in named or not (isinstance(error, NotGivenError) or name.startswith("merge:")):
-                raise
-            missing[name] = str(error)
-    rewarded = [name for name in names if name in REWARDED and name not in missing]
-    reward = RewardModel(_reward_source(wanted, rewarded[0])) if rewarded else None
-    judge, against = _judging(wanted, [name for name in names if name not in missing], missing, reward)
-    answers, scores = Store(wanted.out / "answers.jsonl"), Store(wanted.out / "scores.jsonl")
-    experts = {name: find(f"expert:{name}", sources) for name in config.expert_names} if rewarded else {}
-    known = {**systems, **{system.name: system for system in experts.values()}}
-    # The experts' answers are those of `expert:NAME`, whether the table shows these or not; Collab needs none.
-    runs = known if SELECTION in rewarded else systems
-    identities = {
-        name: system.identity(collections.read_config(system.folder), wanted.base) for name, system in known.items()
-    }
-    cells = {
-        name: {task.name: _cell(identity, task, wanted) for task in benchmarks} for name, identity in identities.items()
-    }
-    few = {task.name: replace(task, items=task.items[: wanted.collab_limit]) for task in benchmarks}
-    if reward is not None:
-        alone = [identities[system.name] for system in experts.values()]
-        identities[COLLAB] = {"experts": alone, "settings": asdict(wanted.collab), "reward": reward.digest}
-        cells[COLLAB] = {name: _cell(identities[COLLAB], task, wanted) for name, task in few.items()}
-        cells[SELECTION] = {
-            task.name: _selected(task, [cells[system.name][task.name] for system in experts.values()], reward)
-            for task in benchmarks
-        }
-    plan: dict[str, Any] = {
-        "collection": str(wanted.collection),
-        "limit": wanted.limit,
-        "held_out": wanted.held_out,
-        "dtype": wanted.dtype,
-        "base": wanted.base,
-        "batch": wanted.batch,
-        "reward": None
-        if reward is None
-        else {
-            "source": reward.source,
-            "systems": rewarded,
-            "accuracy": reward.accuracy,
-            "held_out": None if reward.accuracy is None else describe(reward.accuracy),
-        },
-        "collab": {**asdict(wanted.collab), "rows": COLLAB_ROWS, "limit": wanted.collab_limit}
-        if COLLAB in rewarded
-        else None,
-        "judge": None if judge is None else judging.describe(judge, against),
-        "experts": config.expert_names,
-        "tasks": {
-            task.name: {
-                "settings": task.settings(),
-                "primary": task.primary,
-                "items": [item.id for item in task.items],
-                "defects": {item.id: item.defect for item in task.items if item.defect},
-            }
-            for task in benchmarks
-        },
-        "systems": {
-            name: {
-                "identity": identities.get(name),
-                "routed": name in systems and systems[name].routed,
-                "tasks": {task: asdict(cell) for task, cell in cells[name].items()},
-            }
-            for name in names
-            if name in cells
-        },
-        "not_run": missing,
-        "teacher_forced": forced.plan(benchmarks, identities[OURS], config.alpha, wanted.dtype)
-        if OURS in systems
-        else None,
-    }
-    wanted.out.mkdir(parents=True, exist_ok=True)
+    run = _Run(wanted)
+    plan = run.plan()
     write_json(wanted.out / "plan.json", plan)
-    todo = {
-        name: {
-            key: item
-            for task in benchmarks
-            for key, item in lacking(cells[name][task.name].answers, task.items, answers).items()
-        }
-        for name in runs
-    }
-    twins = _twins(runs, cells, config.expert_names)
-    answer_all(runs, todo, answers, batch=wanted.batch, dtype=wanted.dtype, base=wanted.base, twins=twins)
-    if reward is not None and SELECTION in rewarded:
-        candidates = [cells[system.name] for system in experts.values()]
-        select_all(list(experts), _choices(benchmarks, cells[SELECTION], candidates), answers, reward)
-    if reward is not None and COLLAB in rewarded:
-        items = {
-            key: item
-            for name, task in few.items()
-            for key, item in lacking(cells[COLLAB][name].answers, task.items, answers).items()
-        }
-        collab_all(
-            items,
-            answers,
-            reward,
-            wanted.collab,
-            collection=wanted.collection,
-            dtype=wanted.dtype,
-            base=wanted.base,
-        )
-    for name in plan["systems"]:
-        for task in few.values() if name == COLLAB else benchmarks:
-            _score(name, task, cells[name][task.name], answers, scores, wanted)
+    answers, scores = Store(wanted.out / "answers.jsonl"), Store(wanted.out / "scores.jsonl")
+    run.answer(answers)
+    run.score(answers, scores)
     if plan["teacher_forced"] is not None:
-        forced.fill(plan["teacher_forced"], benchmarks, Store(wanted.out / "forced.jsonl"), partial(_load, wanted))
-    if judge is not None:
-        sides = {name: cells[name][judging.TASK].answers for name in plan["systems"]}
-        judging.judge_all(judge, _contests(sides, against, answers), Store(wanted.out / "verdicts.jsonl"))
+        load = partial(load_collection, wanted.collection, wanted.dtype, wanted.base)
+        forced.fill(plan["teacher_forced"], run.benchmarks, Store(wanted.out / "forced.jsonl"), load)
+    if run.judge is not None:
+        judging.judge_all(run.judge, run.contests(answers), Store(wanted.out / "verdicts.jsonl"))
     return plan
+
+
+class _Run:
+    """What one call asks for: its systems, and the keys of everything that they answer.
+
+    Attributes:
+        names: the systems of the table, in its order.
+        systems: those of them that the engine runs, by name.
+        rewarded: those of them that need a reward model, which is `reward`.
+        experts: where there are any of these, each expert alone: what is selected among, and what Collab runs.
+        runs: what the engine has to answer with.
+        few: the benchmarks with the items that Collab answers.
+        missing: what is left out, and why.
+        identities: what answers depend on, by system; sequence selection has none of its own.
+        cells: by system and benchmark.
+    """
+
+    def __init__(self, wanted: Evaluation) -> None:
+        self.wanted = wanted
+        self.config = collections.read_config(wanted.collection)
+        asked = parse(wanted.systems, self.config)
+        if wanted.collab.reference is not None:
+            self.config.expert_index(wanted.collab.reference)
+        self.benchmarks = [
+            load_task(name, wanted.data, limit=wanted.limit, held_out=wanted.held_out) for name in wanted.tasks
+        ]
+        if not set(CODE).isdisjoint(wanted.tasks):
+            require_isolation(wanted.unsafe)
+        sources = Sources(
+            wanted.collection, wanted.out / "models", sft=wanted.sft, finetuned=wanted.finetuned, base=wanted.base
+        )
+        self.missing: dict[str, str] = {}
+        self.systems = self._found(asked, sources)
+        self.names = [name for name in asked if name not in self.missing]
+        self.rewarded = [name for name in self.names if name in REWARDED]
+        self.reward = RewardModel(_reward_source(wanted, self.rewarded[0])) if self.rewarded else None
+        self.judge, self.against = _judging(wanted, self.names, self.missing, self.reward)
+        self.experts = [find(f"expert:{name}", sources) for name in self.config.expert_names] if self.rewarded else []
+        known = {**self.systems, **{system.name: system for system in self.experts}}
+        # The experts' answers are those of `expert:NAME`, whether the table shows these or not; Collab needs none.
+        self.runs = known if SELECTION in self.rewarded else self.systems
+        self.few = [replace(task, items=task.items[: wanted.collab_limit]) for task in self.benchmarks]
+        self.identities = {
+            name: system.identity(collections.read_config(system.folder), wanted.base) for name, system in known.items()
+        }
+        self.cells = {
+            name: {task.name: _cell(identity, task, wanted) for task in self.benchmarks}
+            for name, identity in self.identities.items()
+        }
+        if self.reward is not None:
+            self._add_rewarded(self.reward)
+
+    def _found(self, names: Sequence[str], sources: Sources) -> dict[str, System]:
+        """The systems of these names that the engine runs; those that cannot run go to `missing`, or are refused."""
+        named = {name for entry in self.wanted.systems for name in entry.split(",")}
+        found: dict[str, System] = {}
+        for name in names:
+            try:
+                if name in REWARDED:
+                    _reward_source(self.wanted, name)
+                else:
+                    found[name] = find(name, sources)
+            except FusionRouteError as error:
+                # Of what `all` means, a collection need not have everything, and not all experts can be merged.
+                if name in named or not (isinstance(error, NotGivenError) or name.startswith("merge:")):
+                    raise
+                self.missing[name] = str(error)
+        return found
+
+    def _add_rewarded(self, reward: RewardModel) -> None:
+        """Identities and cells of the systems that the reward model decides for."""
+        alone = [self.identities[system.name] for system in self.experts]
+        self.identities[COLLAB] = {"experts": alone, "settings": asdict(self.wanted.collab), "reward": reward.digest}
+        self.cells[COLLAB] = {task.name: _cell(self.identities[COLLAB], task, self.wanted) for task in self.few}
+        self.cells[SELECTION] = {
+            task.name: _selected(task, [self.cells[system.name][task.name] for system in self.experts], reward)
+            for task in self.benchmarks
+        }
+
+    def plan(self) -> dict[str, Any]:
+        """What is asked for, as JSON knows it: all that a report needs beside the stores."""
+        wanted, reward = self.wanted, self.reward
+        return {
+            "collection": str(wanted.collection),
+            "limit": wanted.limit,
+            "held_out": wanted.held_out,
+            "dtype": wanted.dtype,
+            "base": wanted.base,
+            "batch": wanted.batch,
+            "reward": None
+            if reward is None
+            else {
+                "source": reward.source,
+                "systems": self.rewarded,
+                "accuracy": reward.accuracy,
+                "held_out": None if reward.accuracy is None else describe(reward.accuracy),
+            },
+            "collab": {**asdict(wanted.collab), "rows": COLLAB_ROWS, "limit": wanted.collab_limit}
+            if COLLAB in self.rewarded
+            else None,
+            "judge": None if self.judge is None else judging.describe(self.judge, self.against),
+            "experts": self.config.expert_names,
+            "tasks": {
+                task.name: {
+                    "settings": task.settings(),
+                    "primary": task.primary,
+                    "items": [item.id for item in task.items],
+                    "defects": {item.id: item.defect for item in task.items if item.defect},
+                }
+                for task in self.benchmarks
+            },
+            "systems": {
+                name: {
+                    "identity": self.identities.get(name),
+                    "routed": name in self.systems and self.systems[name].routed,
+                    "tasks": {task: asdict(cell) for task, cell in self.cells[name].items()},
+                }
+                for name in self.names
+            },
+            "not_run": self.missing,
+            "teacher_forced": forced.plan(self.benchmarks, self.identities[OURS], self.config.alpha, wanted.dtype)
+            if OURS in self.systems
+            else None,
+        }
+
+    def answer(self, answers: Store) -> None:
+        """Have everything answered that has no answer yet; what failed is tried again."""
+        wanted, cells = self.wanted, self.cells
+        todo = {name: self._lacking(name, self.benchmarks, answers) for name in self.runs}
+        twins = _twins(self.runs, cells, self.config.expert_names)
+        answer_all(self.runs, todo, answers, batch=wanted.batch, dtype=wanted.dtype, base=wanted.base, twins=twins)
+        if self.reward is not None and SELECTION in self.rewarded:
+            choices = _choices(self.benchmarks, cells[SELECTION], [cells[system.name] for system in self.experts])
+            select_all(self.config.expert_names, choices, answers, self.reward)
+        if self.reward is not None and COLLAB in self.rewarded:
+            collab_all(
+                self._lacking(COLLAB, self.few, answers),
+                answers,
+                self.reward,
+                wanted.collab,
+                collection=wanted.collection,
+                dtype=wanted.dtype,
+                base=wanted.base,
+            )
+
+    def _lacking(self, name: str, tasks: Sequence[Benchmark], answers: Store) -> dict[str, Item]:
+        """The items of all benchmarks that a system has no answer to, by key."""
+        found = (lacking(self.cells[name][task.name].answers, task.items, answers) for task in tasks)
+        return {key: item for each in found for key, item in each.items()}
+
+    def score(self, answers: Store, scores: Store) -> None:
+        """Score the answers that have no score yet; one that could not be scored is tried again."""
+        for name in self.names:
+            for task in self.few if name == COLLAB else self.benchmarks:
+                cell = self.cells[name][task.name]
+                for item, answer_key, score_key in zip(task.items, cell.answers, cell.scores, strict=True):
+                    if answer_key is None or score_key is None:
+                        continue
+                    row, known = stored(answers, answer_key), scores.get(score_key)
+                    if row is None or (known is not None and known["unscored"] is None):
+                        continue
+                    found = task.score(item, row["text"], unsafe=self.wanted.unsafe)
+                    try:
+                        scores.put(score_key, asdict(found))
+                    except FusionRouteError as error:
+                        print(f"{name}, {task.name} {item.id}: {error}", file=sys.stderr)
+
+    def contests(self, answers: Store) -> list[judging.Contest]:
+        """Every other system's answers to the general prompts against those of the system compared with."""
+        theirs = self.cells[self.against][judging.TASK].answers
+        found = (
+            judging.contest_of(*(None if key is None else answers.get(key) for key in keys))
+            for name in self.names
+            if name != self.against
+            for keys in zip(self.cells[name][judging.TASK].answers, theirs, strict=False)  # Collab has fewer items
+        )
+        return [contest for contest in found if contest is not None]
 
 
 def _judging(
@@ -241,16 +300,6 @@ def _judging(
     else:
         return judging.load(source, reward), against
     return None, against
-
-
-def _contests(sides: dict[str, list[str | None]], against: str, answers: Store) -> list[judging.Contest]:
-    found = (
-        judging.contest_of(*(None if key is None else answers.get(key) for key in keys))
-        for name, mine in sides.items()
-        if name != against
-        for keys in zip(mine, sides[against], strict=False)  # Collab has fewer items
-    )
-    return [contest for contest in found if contest is not None]
 
 
 def _reward_source(wanted: Evaluation, system: str) -> str:
@@ -297,12 +346,6 @@ def _twins(
     return found
 
 
-def _load(wanted: Evaluation) -> "tuple[FusionRouteForCausalLM, Any]":
-    from fusionroute.evaluation.answering import load_model
-
-    return load_model(wanted.collection, wanted.dtype, wanted.base)
-
-
 def _selected(task: Benchmark, experts: Sequence[Cell], reward: RewardModel) -> Cell:
     """The keys of what sequence selection picks among the experts' answers."""
     candidates = zip(*(cell.answers for cell in experts), strict=True)
@@ -318,18 +361,3 @@ def _choices(
         for key, item, candidates in zip(picked[task.name].answers, task.items, columns, strict=True):
             if key is not None:
                 yield key, item, [str(candidate) for candidate in candidates]
-
-
-def _score(name: str, task: Benchmark, cell: Cell, answers: Store, scores: Store, wanted: Evaluation) -> None:
-    """Score the answers that have no score yet; one that could not be scored is tried again."""
-    for item, answer_key, score_key in zip(task.items, cell.answers, cell.scores, strict=True):
-        if answer_key is None or score_key is None:
-            continue
-        row, known = answers.get(answer_key), scores.get(score_key)
-        if row is None or row["error"] or (known is not None and known["unscored"] is None):
-            continue
-        found = task.score(item, row["text"], unsafe=wanted.unsafe)
-        try:
-            scores.put(score_key, asdict(found))
-        except FusionRouteError as error:
-            print(f"{name}, {task.name} {item.id}: {error}", file=sys.stderr)

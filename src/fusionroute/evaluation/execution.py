@@ -39,7 +39,7 @@ _GRACE_SECONDS = 40
 class Limits:
     """What one program may use.
 
-    Args:
+    Attributes:
         seconds: wall-clock time of program and tests together.
         cpu_seconds: processor time of all threads; whole seconds, as the kernel counts it.
         memory_bytes: address space, with the interpreter's own 30 MB.
@@ -60,7 +60,7 @@ class Limits:
 class Outcome:
     """How a program fared.
 
-    Args:
+    Attributes:
         passed: the tests ran to their end and none failed.
         reason: `passed`; `assertion` (an assertion failed), `error` (any other exception, a syntax error too), `exit`
             (it ended before its tests did), `timeout` (wall clock or processor), `memory` (uncaught `MemoryError`),

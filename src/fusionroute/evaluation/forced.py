@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.evaluation.benchmarks import Benchmark
+from fusionroute.evaluation.benchmarks import CODE, Benchmark
 from fusionroute.evaluation.extraction import unix_lines
 from fusionroute.evaluation.forced_figures import swept
 from fusionroute.evaluation.store import Store, key_of
@@ -58,7 +58,7 @@ def reference(task: str, raw: Mapping[str, Any]) -> Reference | None:
     text = text.strip("\n").rstrip()
     if not text:
         return None
-    if task in ("mbpp", "humaneval"):
+    if task in CODE:
         text = ("" if given else "```python\n") + text + "\n```"
     return Reference(given, text)
 
@@ -184,8 +184,8 @@ def measure(
         FusionRouteError: a member's architecture treats its logits in a way that is not known here.
     """
     from fusionroute.lm_head import Head
+    from fusionroute.progress import Meter
     from fusionroute.training.annotation import batches
-    from fusionroute.training.running import Meter
 
     heads = [Head(member.model, model.config.vocab_size) for member in model.members]
     for member, head in zip(model.members, heads, strict=True):
@@ -193,12 +193,11 @@ def measure(
         head.check(member.model)
     keys = list(sequences)
     listed = [sequences[key] for key in keys]
-    meter = Meter("teacher-forcing the references", sum(len(tokens.ids) for tokens in listed))
-    for batch in batches(listed, range(len(listed))):
-        rows = _measure_batch(model, heads, [listed[i] for i in batch], alphas)
-        yield from zip((keys[i] for i in batch), rows, strict=True)
-        meter.advance(sum(len(listed[i].ids) for i in batch))
-    meter.close()
+    with Meter("teacher-forcing the references", sum(len(tokens.ids) for tokens in listed)) as meter:
+        for batch in batches(listed, range(len(listed))):
+            rows = _measure_batch(model, heads, [listed[i] for i in batch], alphas)
+            yield from zip((keys[i] for i in batch), rows, strict=True)
+            meter.advance(sum(len(listed[i].ids) for i in batch))
 
 
 def _measure_batch(

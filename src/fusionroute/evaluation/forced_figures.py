@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fusionroute.evaluation.markdown import table
 from fusionroute.evaluation.statistics import estimate_of, resamples
 from fusionroute.evaluation.store import Store
 
@@ -156,26 +157,32 @@ COLUMNS = {
     "fused": "fused",
     "uniform": "product of all",
 }
+GAP = ("nll", "top1", "top1_disagree")  # the measures that the table of the gap shows
+GAP_HEADS = (*COLUMNS.values(), "gap closed", "routes as the oracle")
+
+
+def gap_figures(section: Mapping[str, Any], measure: str) -> list[tuple[Any, str]]:
+    """A line of the table of the gap: the figures under `GAP_HEADS`, and the form that each is written in."""
+    agreement = section["agreement"]["disagree" if _parts(measure)[1] else "all"]
+    found: list[tuple[Any, str]] = [(section[measure][system], ".3f") for system in COLUMNS]
+    return [*found, (section["gap_closed"][measure], "+.2f"), (agreement, ".2f")]
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Markdown: a table of the gap to the oracle, one of the sweep of α, and what they rest on."""
     if found[AVERAGE] is None:
         return ["", *notes(found)]
-    sections = shown(found)
-    heads = ["teacher-forced", "benchmark", *COLUMNS.values(), "gap closed", "routes as the oracle"]
-    table = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for measure in ("nll", "top1", "top1_disagree"):
-        for task, section in sections.items():
-            cells = [_cell(section[measure][system]) for system in COLUMNS]
-            agreement = section["agreement"]["disagree" if _parts(measure)[1] else "all"]
-            cells += [_cell(section["gap_closed"][measure], "+.2f"), _cell(agreement, ".2f")]
-            table.append(f"| {TITLES[measure]} | {task} | " + " | ".join(cells) + " |")
-    sweep = ["| α | " + " | ".join(TITLES.values()) + " |", "|---" * (1 + len(TITLES)) + "|"]
+    heads = ["teacher-forced", "benchmark", *GAP_HEADS]
+    rows = [
+        [TITLES[measure], task, *(_cell(figure, form) for figure, form in gap_figures(section, measure))]
+        for measure in GAP
+        for task, section in shown(found).items()
+    ]
+    sweep = []
     for row in found[AVERAGE]["alpha"]:
         mark = "**" if row["alpha"] == found["alpha"] else ""
-        sweep.append(f"| {mark}{row['alpha']:g}{mark} | " + " | ".join(_cell(row[m]) for m in TITLES) + " |")
-    return ["", *table, "", *notes(found), "", *sweep, "", SWEPT]
+        sweep.append([f"{mark}{row['alpha']:g}{mark}", *(_cell(row[measure]) for measure in TITLES)])
+    return ["", *table(heads, rows), "", *notes(found), "", *table(["α", *TITLES.values()], sweep), "", SWEPT]
 
 
 SWEPT = "Sweep of α on the same tokens, average of the benchmarks; the collection's own α stands out."

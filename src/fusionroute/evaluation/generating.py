@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute import collection as collections
 from fusionroute.baselines.collab import Collab, CollabSettings, TextRequest
 from fusionroute.baselines.selection import select
-from fusionroute.decoding.members import free_memory
+from fusionroute.decoding.memory import free_memory
 from fusionroute.decoding.rows import Request
 from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation.answering import Answer, answer, choose, load_engine
@@ -23,7 +23,7 @@ from fusionroute.evaluation.reward import RewardModel
 from fusionroute.evaluation.running_reward import RunningReward
 from fusionroute.evaluation.store import Store
 from fusionroute.evaluation.systems import System
-from fusionroute.training.running import Meter
+from fusionroute.progress import Meter
 
 if TYPE_CHECKING:
     from fusionroute.decoding.engine import Engine
@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 COLLAB_ROWS = 4
 
 
+def stored(answers: Store, key: str) -> dict[str, Any] | None:
+    """The answer under a key; None where there is none, or it failed."""
+    row = answers.get(key)
+    return None if row is None or row["error"] else row
+
+
 def lacking(keys: Iterable[str | None], items: Iterable[Item], answers: Store) -> dict[str, Item]:
     """The items without an answer, by key; what failed is tried again."""
-    return {
-        key: item
-        for key, item in zip(keys, items, strict=True)
-        if key is not None and (answers.get(key) or {"error": "missing"})["error"]
-    }
+    pairs = zip(keys, items, strict=True)
+    return {key: item for key, item in pairs if key is not None and stored(answers, key) is None}
 
 
 def answer_all(
@@ -62,30 +65,29 @@ def answer_all(
     for name, items in todo.items():
         own[name] = {key: item for key, item in items.items() if key not in planned}
         planned |= set(items)
-    meter = Meter("answering", len(planned), "answers")
-    loaded: tuple[Path, Engine, Any] | None = None
-    folders = [systems[name].folder for name in own]
-    # What shares others' answers comes after them; what shares a folder stays together, so that it is loaded once.
-    for name in sorted(own, key=lambda name: (folders.index(systems[name].folder), name in twins)):
-        items = own[name]
-        if not items:
-            continue
-        system = systems[name]
-        if loaded is None or loaded[0] != system.folder:
-            loaded = engine = None  # before the next, so that there is one at a time in memory
-            loaded = (system.folder, *load_engine(system.folder, dtype, base))
-        _, engine, tokenizer = loaded
-        meter.title = name
-        if engine.prefixes is not None:
-            engine.prefixes.shrink(0)  # no system is faster for another's having read the prompts
-        if name in twins:
-            items = _share(engine, tokenizer, system, items, twins[name], answers, batch, meter)
-        requests = [
-            (key, Request(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, **system.policy))
-            for key, item in items.items()
-        ]
-        _keep(name, items, answer(engine, requests, batch), answers, meter)
-    meter.close()
+    with Meter("answering", len(planned), "answers") as meter:
+        loaded: tuple[Path, Engine, Any] | None = None
+        folders = [systems[name].folder for name in own]
+        # What shares others' answers comes after them; what shares a folder stays together, so that it is loaded once.
+        for name in sorted(own, key=lambda name: (folders.index(systems[name].folder), name in twins)):
+            items = own[name]
+            if not items:
+                continue
+            system = systems[name]
+            if loaded is None or loaded[0] != system.folder:
+                loaded = engine = None  # before the next, so that there is one at a time in memory
+                loaded = (system.folder, *load_engine(system.folder, dtype, base))
+            _, engine, tokenizer = loaded
+            meter.title = name
+            if engine.prefixes is not None:
+                engine.prefixes.shrink(0)  # no system is faster for another's having read the prompts
+            if name in twins:
+                items = _share(engine, tokenizer, system, items, twins[name], answers, batch, meter)
+            requests = [
+                (key, Request(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, **system.policy))
+                for key, item in items.items()
+            ]
+            _keep(name, items, answer(engine, requests, batch), answers, meter)
 
 
 def _share(
@@ -99,8 +101,8 @@ def _share(
     meter: Meter,
 ) -> dict[str, Item]:
     """Store the chosen expert's answer where every expert's is known; the items that are left."""
-    known = {key: {expert: answers.get(twin) for expert, twin in twins[key].items()} for key in items}
-    shared = [key for key, rows in known.items() if all(row is not None and not row["error"] for row in rows.values())]
+    known = {key: {expert: stored(answers, twin) for expert, twin in twins[key].items()} for key in items}
+    shared = [key for key, rows in known.items() if None not in rows.values()]
     done = set(shared)
     for first in range(0, len(shared), batch):
         keys = shared[first : first + batch]
@@ -136,10 +138,9 @@ def collab_all(
         (key, TextRequest(_encode(tokenizer, item), item.max_new_tokens, stop=item.stop, text=item.prompt))
         for key, item in items.items()
     ]
-    meter = Meter(COLLAB, len(items), "answers")
-    longest = max(len(request.prompt) + request.max_new_tokens for _, request in requests)
-    _keep(COLLAB, items, answer(collab, requests, _collab_rows(collab, longest)), answers, meter)
-    meter.close()
+    with Meter(COLLAB, len(items), "answers") as meter:
+        longest = max(len(request.prompt) + request.max_new_tokens for _, request in requests)
+        _keep(COLLAB, items, answer(collab, requests, _collab_rows(collab, longest)), answers, meter)
 
 
 def _collab_rows(collab: Collab, length: int) -> int:
@@ -163,8 +164,10 @@ def select_all(
         places: of each item: the key of what is picked, the item, and the keys of the experts' answers.
     """
     for key, item, candidates in places:
-        found = [row for row in map(answers.get, candidates) if row is not None and not row["error"]]
-        if not (answers.get(key) or {"error": "missing"})["error"] or len(found) < len(experts):
+        if stored(answers, key) is not None:
+            continue
+        found = [row for row in (stored(answers, each) for each in candidates) if row is not None]
+        if len(found) < len(experts):
             continue
         started = time.perf_counter()
         rewards = reward.score([(item.prompt, row["text"]) for row in found])

@@ -7,6 +7,7 @@ come from the engine; log-likelihoods, which need no decoding, from the referenc
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from fusionroute.decoding.engine import Engine
 from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import FusionRouteError
-from fusionroute.evaluation.answering import answer
+from fusionroute.evaluation.answering import answer, load_collection
 from fusionroute.evaluation.systems import Sources, find
-from fusionroute.modeling import FusionRouteForCausalLM
 from fusionroute.reading import read
 
 
@@ -62,14 +62,10 @@ class FusionRouteLM(TemplateLM):
             base=base,
         )
         self.system = find(system, sources)
-        # What stands on no adapter has no base to replace.
-        adapted = any(spec.adapter for spec in collections.read_config(self.system.folder).member_specs)
-        self.model = FusionRouteForCausalLM.from_pretrained(
-            self.system.folder, dtype=dtype, device=device, base=base if adapted else None
-        )
-        self.tokenizer = collections.load_tokenizer(self.system.folder)
+        self.model, self.tokenizer = load_collection(self.system.folder, dtype, base, device)
         self.engine = Engine(self.model, self.tokenizer)
-        self.batch_size = 16 if batch_size == "auto" else int(batch_size)
+        # `auto:4` would look for the size four times.
+        self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks = max_gen_toks
 
     @property
@@ -104,22 +100,29 @@ class FusionRouteLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers of all requests; greedy unless a task samples.
 
+        What is sampled several times (a task's `repeats`) is drawn anew each time, unless the task names a seed.
+
         Raises:
             FusionRouteError: a request that cannot run, such as a prompt longer than the context.
         """
-        wanted = ((str(i), self._request(*request.args)) for i, request in enumerate(requests))
+        wanted, before = list[tuple[str, Request]](), Counter[str]()
+        for i, (context, settings) in enumerate(request.args for request in requests):
+            wanted.append((str(i), self._request(context, settings, seed=before[context])))
+            before[context] += 1
         found = dict(answer(self.engine, wanted, self.batch_size))
         failed = [f"request {key}: {each.error}" for key, each in found.items() if each.error]
         if failed:
             raise FusionRouteError(f"{len(failed)} of {len(requests)} requests failed; {failed[0]}")
         return [found[str(i)].text for i in range(len(requests))]
 
-    def _request(self, context: str, settings: dict[str, Any]) -> Request:
+    def _request(self, context: str, settings: dict[str, Any], seed: int = 0) -> Request:
+        """A request of lm-eval's as ours; `seed` is that of a sampled one that names none."""
         until = settings.get("until") or []
         sampling = Sampling()
         if settings.get("do_sample"):
             known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-            sampling = Sampling(**{"temperature": 1.0, **{k: settings[k] for k in known if k in settings}})
+            given: dict[str, Any] = {"temperature": 1.0, "seed": seed}
+            sampling = Sampling(**given | {name: settings[name] for name in known if name in settings})
         return Request(
             self.tok_encode(context),
             int(settings.get("max_gen_toks") or self.max_gen_toks),
@@ -132,8 +135,17 @@ class FusionRouteLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of (text, context ids, continuation ids): the continuation's log-probability, and whether it is greedy."""
+        """Of (text, context ids, continuation ids): the continuation's log-probability, and whether it is greedy.
+
+        Of what is longer than the model's context, the beginning is cut off.
+
+        Raises:
+            FusionRouteError: a continuation alone is longer.
+        """
         room = self.engine.context
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > room:
+            raise FusionRouteError(f"a continuation has {longest} tokens and the context {room}: it cannot be read")
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         # One decision per prompt is taken at its end, which differs from row to row.
         size = 1 if self.system.policy.get("routing") == "query" else self.batch_size

@@ -169,16 +169,15 @@ def judge_all(judge: Judge, contests: Sequence[Contest], verdicts: Store) -> Non
             wanted[key] = contest
     if not wanted:
         return
-    from fusionroute.training.running import Meter
+    from fusionroute.progress import Meter
 
-    meter = Meter("judging", len(wanted), "verdicts")
-    for key, row in judge.verdicts(wanted, verdicts.rows):
-        try:
-            verdicts.put(key, {"judge": judge.name, **asdict(wanted[key]), **row})
-        except FusionRouteError as error:
-            print(f"verdict {key}: {error}", file=sys.stderr)
-        meter.advance(1)
-    meter.close()
+    with Meter("judging", len(wanted), "verdicts") as meter:
+        for key, row in judge.verdicts(wanted, verdicts.rows):
+            try:
+                verdicts.put(key, {"judge": judge.name, **asdict(wanted[key]), **row})
+            except FusionRouteError as error:
+                print(f"verdict {key}: {error}", file=sys.stderr)
+            meter.advance(1)
 
 
 def contest_of(mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> Contest | None:

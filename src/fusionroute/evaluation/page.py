@@ -7,9 +7,11 @@ from typing import Any
 
 from fusionroute.evaluation import page_forced
 from fusionroute.evaluation.names import OURS
-from fusionroute.evaluation.report import (
+from fusionroute.evaluation.report_notes import (
+    HELD_OUT,
     average_rows,
     beside,
+    heads,
     p_text,
     reward_notes,
     scored_tasks,
@@ -100,9 +102,7 @@ def _by_alpha(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]
 
 def _table(report: Mapping[str, Any]) -> str:
     tasks, judged = scored_tasks(report), win_rate_rows(report)
-    heads = ["system", *tasks, *(["average", "− FusionRoute", "p"] if tasks else [])]
-    heads += [*(["win rate"] if judged else []), "tokens/s", "passes/token"]
-    rows = ["<div class=scroll><table><tr>" + "".join(f"<th>{escape(head)}" for head in heads)]
+    rows = ["<div class=scroll><table><tr>" + "".join(f"<th>{escape(head)}" for head in heads(report))]
     for name, entry in report["systems"].items():
         cells = [_accuracy(entry["benchmarks"][task]) for task in tasks]
         if tasks:
@@ -120,15 +120,16 @@ def _table(report: Mapping[str, Any]) -> str:
         "Accuracy over all items asked for with 95 % bootstrap intervals; differences paired, item by item; "
         "an item without a score counts as wrong, one without a verdict ½; in brackets how many."
     ]
+    notes += [HELD_OUT] if report["settings"]["held_out"] else []
     notes += [escape(note) for note in unscored_notes(report) + reward_notes(report)]
     notes += [f"Not run: {escape(name)}: {escape(why)}." for name, why in report["not_run"].items()]
     return "\n".join(rows) + "</table></div><p class=small>" + "<br>".join(notes) + "</p>"
 
 
 def _beside(report: Mapping[str, Any]) -> str:
-    heads, *rows = beside(report)
+    columns, *rows = beside(report)
     lines = ["<details><summary>Other metrics, lengths</summary><div class=scroll><table><tr>"]
-    lines += [f"<th>{escape(head)}" for head in heads]
+    lines += [f"<th>{escape(head)}" for head in columns]
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
     return "".join(lines) + "</table></div></details>"
 

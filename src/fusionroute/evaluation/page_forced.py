@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fusionroute.evaluation.forced_figures import COLUMNS, TITLES, notes, shown
+from fusionroute.evaluation.forced_figures import AVERAGE, COLUMNS, GAP, GAP_HEADS, TITLES, gap_figures, notes, shown
 
 DRAWN = {"nll": "NLL, lower is better", "top1_disagree": "Top-1 where experts differ, higher is better"}
 _WIDTH, _HEIGHT = 232, 170
@@ -15,7 +15,7 @@ def sections(found: Mapping[str, Any] | None) -> list[str]:
     """Headings, table and drawings of what `forced_figures.read` gave; nothing of nothing."""
     if not found:
         return []
-    if found["average"] is None:
+    if found[AVERAGE] is None:
         return ["<p class=small>" + "<br>".join(map(escape, notes(found))) + "</p>"]
     parts = [
         "<h2>Teacher-forced: chosen against best possible</h2>",
@@ -32,17 +32,15 @@ def sections(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    heads = ["", *COLUMNS.values(), "gap closed", "routes as the oracle"]
+    heads = ["", *GAP_HEADS]
     rows = ["<div class=scroll><table><tr>" + "".join(f"<th>{escape(head)}" for head in heads)]
-    for measure in ("nll", "top1", "top1_disagree"):
+    for measure in GAP:
         rows.append(f"<tr class=group><th colspan={len(heads)}>{escape(TITLES[measure])}")
         for task, section in shown(found).items():
-            cells = [_cell(section[measure][system]) for system in COLUMNS]
+            cells = [_cell(figure, form) for figure, form in gap_figures(section, measure)]
             best = section["best_expert"][measure]
             if best is not None:
                 cells[list(COLUMNS).index("best_expert")] += f" <span class=small>({escape(best)})</span>"
-            cells.append(_cell(section["gap_closed"][measure], "+.2f"))
-            cells.append(_cell(section["agreement"]["disagree" if measure.endswith("disagree") else "all"], ".2f"))
             rows.append(f"<tr><td>{escape(task)}" + "".join(f"<td>{cell}" for cell in cells))
     return "\n".join(rows) + "</table></div>"
 
@@ -50,7 +48,7 @@ def _table(found: Mapping[str, Any]) -> str:
 def _sweep(found: Mapping[str, Any]) -> str:
     rows = ["<details><summary>The figures, average of the benchmarks</summary><div class=scroll><table><tr><th>α"]
     rows[0] += "".join(f"<th>{escape(title)}" for title in TITLES.values())
-    for row in found["average"]["alpha"]:
+    for row in found[AVERAGE]["alpha"]:
         kind = " class=ours" if row["alpha"] == found["alpha"] else ""
         rows.append(f"<tr{kind}><td>{row['alpha']:g}" + "".join(f"<td>{_cell(row[m])}" for m in TITLES))
     return "\n".join(rows) + "</table></div></details>"

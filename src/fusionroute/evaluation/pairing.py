@@ -26,28 +26,31 @@ class Candidate:
         return {"from": "sample", "sample": self.sample, "seed": self.seed, "scores": self.scores}
 
 
+def distinct(answers: Sequence[Candidate]) -> list[Candidate]:
+    """The answers with a text of their own; of those that are alike the first drawn."""
+    first: dict[str, Candidate] = {}
+    for answer in answers:
+        first.setdefault(answer.text, answer)
+    return list(first.values())
+
+
 def pair_up(rights: Sequence[Candidate], wrongs: Sequence[Candidate], most: int) -> list[tuple[Candidate, Candidate]]:
     """At most `most` pairs of a right and a wrong answer, closest in length first, then in the order drawn.
 
     No text is taken twice. Of two lengths far apart the bias of Eq. 3, a sum over tokens, says more than of right and
     wrong.
     """
-    sides: list[list[Candidate]] = []
-    for answers in (rights, wrongs):
-        first: dict[str, Candidate] = {}
-        for answer in answers:
-            first.setdefault(answer.text, answer)
-        sides.append(list(first.values()))
+    rights, wrongs = distinct(rights), distinct(wrongs)
     order = sorted(
         (abs(len(right.text) - len(wrong.text)), r, w)
-        for r, right in enumerate(sides[0])
-        for w, wrong in enumerate(sides[1])
+        for r, right in enumerate(rights)
+        for w, wrong in enumerate(wrongs)
     )
     taken: list[tuple[int, int]] = []
     for _, r, w in order:
         if len(taken) < most and all(r != other_r and w != other_w for other_r, other_w in taken):
             taken.append((r, w))
-    return [(sides[0][r], sides[1][w]) for r, w in taken]
+    return [(rights[r], wrongs[w]) for r, w in taken]
 
 
 def unfit(text: str, finish: str, index: BenchmarkIndex) -> str | None:

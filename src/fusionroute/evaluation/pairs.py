@@ -19,7 +19,7 @@ from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.benchmarks import TASK_FILES, checked
 from fusionroute.evaluation.execution import Limits, require_isolation
-from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, pair_up, unfit, verdict
+from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
 from fusionroute.evaluation.scoring import SCORERS
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import System
@@ -73,6 +73,11 @@ class PairSettings:
     base: str | None = None
     unsafe: bool = False
     solutions: Path | None = None
+
+    @property
+    def samples_file(self) -> Path:
+        """Where answers and verdicts are kept."""
+        return self.out.with_suffix(".samples.jsonl")
 
     def sampling(self) -> dict[str, Any]:
         """What an answer depends on beside weights, prompt and seed."""
@@ -140,7 +145,7 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
         wrongs = [answer for answer in answers if answer.verdict == WRONG]
         count = counts[problem.task]
         count[_KINDS[bool(rights), bool(wrongs)]] += 1
-        solved = list({answer.text: answer for answer in rights}.values())[: wanted.most]
+        solved = distinct(rights)[: wanted.most]
         count["solutions"] += len(solved)
         solutions += [maker.solution(problem, answer) for answer in solved]
         if not rights and wanted.reference:
@@ -207,8 +212,12 @@ def _check(wanted: PairSettings) -> None:
     for name in ("limit", "samples", "most", "max_new_tokens", "batch"):
         if (value := getattr(wanted, name)) is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
-    if wanted.out.is_dir():
-        raise UsageError(f"--out {wanted.out} is a folder: name a file, such as {wanted.out / 'pairs.jsonl'}")
+    for option, path in (("--out", wanted.out), ("--solutions", wanted.solutions)):
+        if path is not None and path.is_dir():
+            raise UsageError(f"{option} {path} is a folder: name a file, such as {path / 'pairs.jsonl'}")
+    others = {path.resolve() for path in (wanted.out, wanted.samples_file)}
+    if wanted.solutions is not None and wanted.solutions.resolve() in others:
+        raise UsageError(f"--solutions {wanted.solutions} holds the pairs or their answers: name another file")
     Sampling(wanted.temperature, top_p=wanted.top_p)
     if wanted.temperature == 0:
         raise UsageError("temperature must be above 0: greedy answers are all the same")
@@ -223,7 +232,7 @@ class _Maker:
         self.wanted = wanted
         config = collections.read_config(wanted.collection)
         self.identity = System("fusionroute", wanted.collection).identity(config, wanted.base)
-        self.store = Store(wanted.out.with_suffix(".samples.jsonl"))
+        self.store = Store(wanted.samples_file)
         files = benchmark_files(wanted.data)
         if not files:
             print(f"no benchmark test files under {wanted.data}: nothing to compare problems with", file=sys.stderr)
@@ -252,7 +261,7 @@ class _Maker:
         from fusionroute.decoding.rows import Request
         from fusionroute.decoding.sampling import Sampling
         from fusionroute.evaluation.answering import answer, load_engine
-        from fusionroute.training.running import Meter
+        from fusionroute.progress import Meter
 
         wanted = self.wanted
         todo = {
@@ -275,16 +284,15 @@ class _Maker:
             )
             for key, (problem, seed) in todo.items()
         )
-        meter = Meter("sampling", len(todo), "answers")
-        for key, found in answer(engine, requests, wanted.batch):
-            problem, seed = todo[key]
-            if found.error is None:
-                row = {"finish": found.finish, "tokens": found.tokens, "text": found.text}
-                self.store.put(key, {"problem": problem.name, "seed": seed, **row})
-            else:
-                print(f"{problem.name}: {found.error}", file=sys.stderr)
-            meter.advance(1)
-        meter.close()
+        with Meter("sampling", len(todo), "answers") as meter:
+            for key, found in answer(engine, requests, wanted.batch):
+                problem, seed = todo[key]
+                if found.error is None:
+                    row = {"finish": found.finish, "tokens": found.tokens, "text": found.text}
+                    self.store.put(key, {"problem": problem.name, "seed": seed, **row})
+                else:
+                    print(f"{problem.name}: {found.error}", file=sys.stderr)
+                meter.advance(1)
 
     def _draw(self, problem: Problem, number: int) -> tuple[str, int]:
         """Key and seed of an answer."""
@@ -364,10 +372,9 @@ class _Maker:
 
 
 def _with_progress(title: str, items: Sequence[T]) -> Iterator[T]:
-    from fusionroute.training.running import Meter
+    from fusionroute.progress import Meter
 
-    meter = Meter(title, len(items), "problems")
-    for item in items:
-        yield item
-        meter.advance(1)
-    meter.close()
+    with Meter(title, len(items), "problems") as meter:
+        for item in items:
+            yield item
+            meter.advance(1)

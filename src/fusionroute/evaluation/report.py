@@ -1,4 +1,4 @@
-"""What an evaluation found, from its results folder alone: figures first, then ways of showing them. Loads no model."""
+"""What an evaluation found, from its results folder alone: all figures, as JSON or Markdown. Loads no model."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,23 @@ from typing import Any
 
 from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation import forced_figures, judging
-from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, ORACLE, OURS
+from fusionroute.evaluation.markdown import table
+from fusionroute.evaluation.names import ALPHA, COLLAB, ORACLE, OURS
+from fusionroute.evaluation.report_notes import (
+    HELD_OUT,
+    beside,
+    heads,
+    p_text,
+    reward_notes,
+    scored_tasks,
+    unscored_notes,
+    win_rate_notes,
+    win_rate_rows,
+)
+from fusionroute.evaluation.scoring import weighted_mean
 from fusionroute.evaluation.statistics import Estimate, difference_of, mean_of, proportion_of
 from fusionroute.evaluation.store import Store
 from fusionroute.files import read_json
-
-_NAMED = 10  # items without a score or a verdict that a note names; the JSON names all
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -25,8 +36,9 @@ def read(folder: Path) -> dict[str, Any]:
         "routing": {TASK: {"shares", "switch_rate", "overruled_rate"}}, "win_rate": {"against", "judge", "rate", "low",
         "high", "n", "unscored", "reasons": {ITEM: why}}}}, "teacher_forced": {…}, "alpha_sweep": [{"alpha", "system",
         "average"}], "settings": {…}, "not_run": {NAME: why}}`.
-        Accuracies are of all items asked for: one without a score counts as wrong, and in `unscored`. `difference` is
-        to FusionRoute, item by item, with a p-value. A win rate is of all items asked for too: one without a verdict
+        Accuracies are of all items asked for: one without a score counts as wrong, and in `unscored`. `other` metrics
+        are means as lm-eval takes them: a share of instructions weighs as many as the item has. `difference` is to
+        FusionRoute, item by item, with a p-value. A win rate is of all items asked for too: one without a verdict
         counts ½, and in `unscored`. There is no `average` and `difference` without benchmarks, no `win_rate` without a
         judge. `teacher_forced` is as `forced_figures.read` gives it, or None.
 
@@ -59,7 +71,7 @@ def read(folder: Path) -> dict[str, Any]:
             entry["benchmarks"][task] = _benchmark(vectors[name][task]) | {
                 "reasons": _reasons(plan["tasks"][task], cell, rows, answers),
                 "metric": primary,
-                "other": {m: _benchmark([_score(row, m) for row in rows])["accuracy"] for m in sorted(others)},
+                "other": {metric: _other(rows, metric) for metric in sorted(others)},
             }
         if plan.get("judge") and name != plan["judge"]["against"]:
             entry["win_rate"] = _win_rate(name, plan, answers, verdicts)
@@ -112,23 +124,6 @@ def unscored(report: dict[str, Any]) -> int:
     return sum(found["unscored"] for each in figures for found in each if found) + sum(sum(e.values()) for e in lost)
 
 
-def average_rows(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
-    """(system, average, low, high), the best first."""
-    found = [(name, entry["average"]) for name, entry in report["systems"].items() if "average" in entry]
-    return sorted(((n, a["accuracy"], a["low"], a["high"]) for n, a in found), key=lambda row: -row[1])
-
-
-def win_rate_rows(report: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
-    """(system, win rate, low, high), the best first; empty if nothing was judged."""
-    found = [(name, entry["win_rate"]) for name, entry in report["systems"].items() if "win_rate" in entry]
-    return sorted(((n, w["rate"], w["low"], w["high"]) for n, w in found), key=lambda row: -row[1])
-
-
-def scored_tasks(report: Mapping[str, Any]) -> list[str]:
-    """The benchmarks that have an accuracy."""
-    return [name for name, settings in report["settings"]["tasks"].items() if settings["primary"] is not None]
-
-
 def _score(row: dict[str, Any] | None, metric: str) -> float | None:
     return None if row is None or row["unscored"] is not None else row["scores"].get(metric)
 
@@ -165,6 +160,12 @@ def _benchmark(vector: list[float | None]) -> dict[str, Any]:
     return _as_dict(found) | {"unscored": sum(score is None for score in vector)}
 
 
+def _other(rows: list[dict[str, Any] | None], metric: str) -> float:
+    """The mean of a metric beside the primary one, over all items; see `Score.weights`."""
+    weights = [(row or {}).get("weights", {}).get(metric, 1.0) for row in rows]
+    return weighted_mean([(_score(row, metric) or 0.0, weight) for row, weight in zip(rows, weights, strict=True)])
+
+
 def _as_dict(estimate: Estimate) -> dict[str, Any]:
     named = {"accuracy": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n}
     return named if estimate.p is None else named | {"p": estimate.p}
@@ -178,7 +179,7 @@ def _win_rate(name: str, plan: dict[str, Any], answers: Store, verdicts: Store) 
         for keys in zip(*sides, strict=False)  # Collab answers fewer items than others
     )
     outcomes = [judging.outcome(contest, judge["identity"], verdicts) for contest in contests]
-    found = mean_of([[0.5 if won is None else won for won, _ in outcomes]])
+    found = proportion_of([0.5 if won is None else won for won, _ in outcomes])
     reasons = {item: why for item, (_, why) in zip(plan["tasks"][task]["items"], outcomes, strict=False) if why}
     return {
         "against": judge["against"],
@@ -228,13 +229,14 @@ def _routing(cell: dict[str, Any], answers: Store, experts: list[str]) -> dict[s
     """Shares of the tokens, switches between tokens, and tokens at which the router overruled the expert."""
     rows = _found(cell, answers)
     tokens = sum(row["tokens"] for row in rows)
+    pairs = sum(max(row["tokens"] - 1, 0) for row in rows)  # of neighbouring tokens
     written = dict.fromkeys(experts, 0)
     for row in rows:
         for expert, _, count in row["pieces"]:
             written[expert] = written.get(expert, 0) + count
     return {
         "shares": {name: count / max(tokens, 1) for name, count in written.items()},
-        "switch_rate": sum(max(len(row["pieces"]) - 1, 0) for row in rows) / max(tokens - len(rows), 1),
+        "switch_rate": sum(max(len(row["pieces"]) - 1, 0) for row in rows) / max(pairs, 1),
         "overruled_rate": sum(row["overruled"] for row in rows) / max(tokens, 1),
     }
 
@@ -246,11 +248,10 @@ def as_json(report: dict[str, Any]) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """The table of the paper's shape, what it rests on, and where the tokens went."""
     tasks, judged = scored_tasks(report), win_rate_rows(report)
-    heads = ["system", *tasks, *(["average", "− FusionRoute", "p"] if tasks else [])]
-    heads += [*(["win rate"] if judged else []), "tokens/s", "passes/token"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows: list[list[str]] = []
     for name, entry in report["systems"].items():
-        cells = [_accuracy(entry["benchmarks"][task]) for task in tasks]
+        cells = [f"**{OURS}**" if name == OURS else name]
+        cells += [_accuracy(entry["benchmarks"][task]) for task in tasks]
         cells += [_accuracy(entry["average"])] if tasks else []
         if difference := entry.get("difference"):
             cells += [f"{difference['accuracy']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"]
@@ -262,13 +263,14 @@ def as_markdown(report: dict[str, Any]) -> str:
             cells.append("" if won is None else _accuracy(won | {"accuracy": won["rate"]}))
         cost = entry.get("tokens_per_second")
         cells += ["", ""] if cost is None else [f"{cost:.0f}", f"{entry['passes_per_token']:.2f}"]
-        lines.append(f"| {f'**{OURS}**' if name == OURS else name} | " + " | ".join(cells) + " |")
-    lines += [
+        rows.append(cells)
+    lines = [
+        *table(heads(report), rows),
         "",
         "Accuracy over all items asked for, with 95 % bootstrap intervals; differences are paired, item by item.",
     ]
     if report["settings"]["held_out"]:
-        lines.append("The items are rows held out of training, to choose settings by; test items are others.")
+        lines.append(HELD_OUT)
     missing = unscored(report)
     if missing:
         lines.append(
@@ -276,109 +278,24 @@ def as_markdown(report: dict[str, Any]) -> str:
         )
     lines += unscored_notes(report) + win_rate_notes(report) + reward_notes(report)
     lines += [f"Not run: {name}: {why}." for name, why in report["not_run"].items()]
-    heads, *rows = beside(report)
-    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    routed = {name: entry for name, entry in report["systems"].items() if entry["routing"]}
+    columns, *others = beside(report)
+    lines += ["", *table(columns, others)]
+    routed = {name: entry["routing"] for name, entry in report["systems"].items() if entry["routing"]}
     if routed:
-        experts = list(next(iter(next(iter(routed.values()))["routing"].values()))["shares"])
-        lines += ["", "| who writes | benchmark | " + " | ".join(experts) + " | switches | overruled |"]
-        lines.append("|---" * (len(experts) + 4) + "|")
-        for name, entry in routed.items():
-            for task, found in entry["routing"].items():
-                shares = " | ".join(f"{found['shares'].get(expert, 0):.2f}" for expert in experts)
-                lines.append(
-                    f"| {name} | {task} | {shares} | {found['switch_rate']:.2f} | {found['overruled_rate']:.2f} |"
-                )
-    if report["alpha_sweep"]:
-        lines += ["", "| α sweep (generated) | system | average accuracy |", "|---|---|---|"]
-        for row in report["alpha_sweep"]:
-            lines.append(f"| {row['alpha']:g} | {row['system']} | {_accuracy(row['average'])} |")
+        experts = list(next(iter(next(iter(routed.values())).values()))["shares"])
+        rows = [
+            [name, task, *(f"{found['shares'].get(expert, 0):.2f}" for expert in experts)]
+            + [f"{found[rate]:.2f}" for rate in ("switch_rate", "overruled_rate")]
+            for name, routing in routed.items()
+            for task, found in routing.items()
+        ]
+        lines += ["", *table(["who writes", "benchmark", *experts, "switches", "overruled"], rows)]
+    if sweep := report["alpha_sweep"]:
+        rows = [[f"{each['alpha']:g}", each["system"], _accuracy(each["average"])] for each in sweep]
+        lines += ["", *table(["α sweep (generated)", "system", "average accuracy"], rows)]
     if report["teacher_forced"]:
         lines += forced_figures.lines(report["teacher_forced"])
     return "\n".join(lines) + "\n"
-
-
-def reward_notes(report: Mapping[str, Any]) -> list[str]:
-    """What leans on a reward model and how good that is, what Collab did and cost, and answers that nobody judged."""
-    notes = []
-    if reward := report["settings"]["reward"]:
-        how_good = reward["held_out"] or "its accuracy on held-out pairs is unknown"
-        notes.append(f"Reward model of {' and '.join(reward['systems'])}: {reward['source']}; {how_good}.")
-    if collab := report["settings"]["collab"]:
-        knobs = ", ".join(f"{key} {value}" for key, value in collab.items() if key not in ("limit", "cost"))
-        notes.append(f"Collab ({knobs}) answers the first {collab['limit']} items of each benchmark.")
-        if cost := collab["cost"]:
-            notes.append(
-                f"A token of Collab's costs {cost['seconds']:.1f} times the seconds and {cost['passes']:.1f} times the "
-                f"passes of one of FusionRoute's on the same items ({collab['rows']} rows at a time against "
-                f"{report['settings']['batch']}; the reward model's passes are in the seconds alone)."
-            )
-    for name, entry in report["systems"].items():
-        lost = {task: count for task, count in entry.get("unanswered", {}).items() if count}
-        if lost and not win_rate_rows(report):
-            notes += [f"{name} has no answer to {count} items of {task}." for task, count in lost.items()]
-    return notes
-
-
-def win_rate_notes(report: Mapping[str, Any]) -> list[str]:
-    """What the win rates rest on, and which items have no verdict."""
-    judge = report["settings"]["judge"]
-    if not judge:
-        return []
-    accuracy = "" if judge["held_out"] is None else f"; {judge['held_out']}"
-    offline = "reward" in judge["identity"]
-    how = "a reward model, the higher score wins" if offline else "asked in both orders, a split counts ½"
-    notes = [f"Win rate against {judge['against']} on general prompts; judge: {judge['name']} ({how}{accuracy})."]
-    if FINETUNED not in report["systems"]:
-        notes.append(f"The paper's win rates are against {FINETUNED}, which was not run.")
-    for name, entry in report["systems"].items():
-        reasons = entry.get("win_rate", {}).get("reasons", {})
-        notes += [f"No verdict for {name}, {each}." for each in _named(reasons)]
-    return notes
-
-
-def _named(reasons: Mapping[str, str]) -> list[str]:
-    """Items by reason, a text for each."""
-    by_reason: dict[str, list[str]] = {}
-    for item, why in reasons.items():
-        by_reason.setdefault(why, []).append(item)
-    return [
-        f"items {', '.join(items[:_NAMED])}{f' and {len(items) - _NAMED} more' if len(items) > _NAMED else ''}: {why}"
-        for why, items in by_reason.items()
-    ]
-
-
-def unscored_notes(report: Mapping[str, Any]) -> list[str]:
-    """Which items have no score, and why."""
-    return [
-        f"No score for {name} on {task}, {each}."
-        for name, entry in report["systems"].items()
-        for task, found in entry["benchmarks"].items()
-        for each in _named(found.get("reasons", {}))
-    ]
-
-
-def beside(report: Mapping[str, Any]) -> list[list[str]]:
-    """What the table leaves out, heads first: every other metric, answers cut off and their length."""
-    tasks = scored_tasks(report)
-    metrics: dict[str, list[str]] = {}
-    for task in tasks:
-        others = [entry["benchmarks"].get(task, {}).get("other", ()) for entry in report["systems"].values()]
-        metrics[task] = sorted({metric for each in others for metric in each})
-    rows = [["system", *(f"{task} {m}" for task in tasks for m in metrics[task]), "cut off", "tokens/answer"]]
-    for name, entry in report["systems"].items():
-        if "cut_off" not in entry:
-            continue
-        cells = [entry["benchmarks"][task]["other"].get(m) for task in tasks for m in metrics[task]]
-        rows.append([name, *("" if value is None else f"{value:.3f}" for value in cells)])
-        rows[-1] += [f"{entry['cut_off']:.0%}", f"{entry['mean_tokens']:.0f}"]
-    return rows
-
-
-def p_text(value: float) -> str:
-    """A p-value, as 10,000 draws know it."""
-    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def _accuracy(found: dict[str, Any]) -> str:

@@ -15,9 +15,9 @@ from fusionroute import sources, weights
 from fusionroute.baselines.carried import REWARD_FILE, split_adapter
 from fusionroute.collection import PROVENANCE
 from fusionroute.errors import FusionRouteError, first_line
-from fusionroute.evaluation.statistics import mean_of
+from fusionroute.evaluation.statistics import proportion_of
 from fusionroute.files import read_json
-from fusionroute.training.running import Meter, quiet
+from fusionroute.progress import Meter, quiet
 
 
 class RewardModel:
@@ -73,14 +73,14 @@ class RewardModel:
         self.accuracy: dict[str, Any] | None = found if ours else None
 
     def score(self, answers: Sequence[tuple[str, str]], batch: int = 16) -> list[float]:
-        """Of (prompt, answer) pairs."""
+        """One number for each (prompt, answer) pair, in order; more is better."""
         return self.score_chats(
             [[_message("user", prompt), _message("assistant", answer)] for prompt, answer in answers], batch
         )
 
     @torch.inference_mode()
     def score_chats(self, chats: Sequence[Sequence[Mapping[str, str]]], batch: int = 16) -> list[float]:
-        """Of conversations that end with the assistant; those of like length share a pass."""
+        """One number for each conversation that ends with the assistant; those of like length share a pass."""
         texts = [self._text(messages) for messages in chats]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         values = [0.0] * len(texts)
@@ -99,7 +99,7 @@ class RewardModel:
         return values
 
     def encode(self, prompt: str, answer: str) -> list[int]:
-        """Ids of one pair as `score` reads them, uncut."""
+        """Ids of one pair as `score` reads them, but for what is cut off of too long ones."""
         text = self._text([_message("user", prompt), _message("assistant", answer)])
         return list(self.tokenizer(text, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"])
 
@@ -127,19 +127,18 @@ def pair_accuracy(model: RewardModel, groups: Sequence[tuple[Mapping[str, Any], 
     Returns:
         `{"value", "low", "high", "n"}` over all pairs, the same in `domains` by name and in `sources` by group.
     """
-    meter = Meter("scoring held-out pairs", sum(len(rows) for _, rows in groups), "pairs")
-    right: list[list[float]] = []
-    for _, rows in groups:
-        found: list[float] = []
-        for first in range(0, len(rows), 32):
-            part = rows[first : first + 32]
-            scores = model.score_chats(
-                [[*row["prompt"], *row[side]] for row in part for side in ("chosen", "rejected")]
-            )
-            found += [float(chosen > rejected) for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
-            meter.advance(len(part))
-        right.append(found)
-    meter.close()
+    with Meter("scoring held-out pairs", sum(len(rows) for _, rows in groups), "pairs") as meter:
+        right: list[list[float]] = []
+        for _, rows in groups:
+            found: list[float] = []
+            for first in range(0, len(rows), 32):
+                part = rows[first : first + 32]
+                scores = model.score_chats(
+                    [[*row["prompt"], *row[side]] for row in part for side in ("chosen", "rejected")]
+                )
+                found += [float(chosen > rejected) for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+                meter.advance(len(part))
+            right.append(found)
     domains = dict.fromkeys(str(where["domain"]) for where, _ in groups)
     return {
         **_estimate(right),
@@ -152,7 +151,7 @@ def pair_accuracy(model: RewardModel, groups: Sequence[tuple[Mapping[str, Any], 
 
 
 def _estimate(parts: Sequence[Sequence[float]]) -> dict[str, Any]:
-    found = mean_of([[value for part in parts for value in part]])
+    found = proportion_of([value for part in parts for value in part])
     return {"value": found.mean, "low": found.low, "high": found.high, "n": found.n}
 
 

@@ -60,7 +60,13 @@ class System:
             if spec.name == expert or expert is None or (spec.name == ROUTER and alpha != 0)
         ]
         made_of: dict[str, Any] = {
-            s.name: [s.digest, s.adapter_digest, s.source if s.digest is None else None] for s in taking_part
+            s.name: [
+                s.digest,
+                s.adapter_digest,
+                s.source if s.digest is None else None,
+                *([s.dtype] if s.dtype else []),
+            ]
+            for s in taking_part
         }
         if expert is None:
             made_of["route_head"] = _digest(self.folder / ROUTER / "route_head.safetensors")

@@ -17,7 +17,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Settings of a LoRA that make its function another than `W + s·BA`.
 _OTHER = (
     "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication",
-    "alora_invocation_tokens", "target_parameters",
+    "alora_invocation_tokens", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
 
 

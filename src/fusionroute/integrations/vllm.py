@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import FusionRouteError, UsageError, first_line
 
 if TYPE_CHECKING:
     from fusionroute.configuration import FusionRouteConfig, MemberSpec
@@ -46,11 +46,12 @@ class Checks:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        pass
+        """vLLM calls both; there is nothing to look at before the ranks are known."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """
+        """Look at members, vocabularies, the route head and ranks.
+
         Raises:
             FusionRouteError: the collection cannot be run so.
         """
@@ -67,7 +68,8 @@ class Checks:
 
 
 def check_version() -> None:
-    """
+    """Refuse a vLLM that collections were not tested with.
+
     Raises:
         FusionRouteError: vLLM is missing, or not a version that was tested.
     """
@@ -76,7 +78,8 @@ def check_version() -> None:
     try:
         from vllm import __version__ as found
     except ImportError as error:
-        raise FusionRouteError(f"this needs {error.name}: pip install 'fusionroute[vllm]'") from None
+        missing = error.name or first_line(error)
+        raise FusionRouteError(f"this needs {missing}: pip install 'fusionroute[vllm]'") from None
     if not SpecifierSet(TESTED).contains(found.partition("+")[0], prereleases=True):
         raise FusionRouteError(f"vLLM is {found}, tested is {TESTED}: pip install 'fusionroute[vllm]'")
 
@@ -103,26 +106,31 @@ def place(config: "FusionRouteConfig", folder: Path, base: str | None = None) ->
         base: replaces the base of the adapters; another digest is then a warning.
 
     Raises:
-        FusionRouteError: anything missing, half-written, or not what the collection was made with.
+        FusionRouteError: anything missing, half-written, or not what the collection was made with; a member whose
+            weights are to be rounded.
     """
-    from transformers import AutoConfig
-
     from fusionroute.configuration import absolute_source
-    from fusionroute.members import check_adapter_digest, check_digest, resolve_member
+    from fusionroute.members import check_adapter_digest, check_digest, read_model_config, resolve_member
+    from fusionroute.quantisation import FORMATS
 
     other = None if base is None else absolute_source(base)
     placed = []
     for spec in config.specs_on(base):
+        if spec.dtype in FORMATS:
+            raise UsageError(
+                f"{spec.name} in {spec.dtype}: vLLM rounds no weights here, name weights that are quantised"
+            )
         weights, adapter = resolve_member(spec, folder)
         check_digest(spec, weights, override=spec.source == other)
         if adapter is not None:
             check_adapter_digest(spec, adapter)
-        placed.append(Placed(spec, weights, adapter, AutoConfig.from_pretrained(weights, trust_remote_code=False)))
+        placed.append(Placed(spec, weights, adapter, read_model_config(weights)))
     return placed
 
 
 def check_together(config: "FusionRouteConfig", folder: Path, base: str | None = None) -> None:
-    """
+    """Refuse members that cannot answer as one; arguments as of `place`.
+
     Raises:
         FusionRouteError: the members' vocabularies differ, or the route head is another collection's.
     """

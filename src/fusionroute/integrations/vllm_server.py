@@ -24,7 +24,8 @@ from fusionroute.integrations.vllm import Placed, check_parallel, check_together
 
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
 # Of vLLM's, what the collection decides or `fusionroute serve` has an option for.
-_OURS = ("--model", "--served-model-name", "--host", "--port", "--dtype", "--api-key", "--hf-overrides")
+_OURS = ("--model", "--served-model-name", "--host", "--port", "--dtype", "--api-key")
+_OVERRIDES = "--hf-overrides"
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,11 @@ def prepare(collection: str | None, settings: Settings) -> tuple[list[str], dict
     """The command that starts vLLM's server, and its environment.
 
     Raises:
-        FusionRouteError: a vLLM that was not tested, members that do not fit together, or ranks that they do not allow.
+        FusionRouteError: arguments that are not for vLLM, a vLLM that was not tested, members that do not fit together,
+            or ranks that they do not allow.
     """
+    check_arguments(settings)
     check_version()
-    for argument in settings.arguments:
-        if argument.partition("=")[0] in _OURS:
-            raise UsageError(
-                f"{argument.partition('=')[0]} is not for vLLM's arguments: see `fusionroute serve --help`"
-            )
     folder = collections.locate(collection)
     config = collections.read_config(folder)
     members = place(config, folder, settings.base)
@@ -96,7 +94,7 @@ def prepare(collection: str | None, settings: Settings) -> tuple[list[str], dict
     command += ["--max-num-seqs", str(settings.rows), "--dtype", settings.dtype or stored_dtype(members)]
     command += ["--middleware", f"{vllm_trace.__name__}.{vllm_trace.Trace.__name__}"]
     if settings.base is not None:
-        command += ["--hf-overrides", json.dumps(on_base(config, settings.base))]
+        command += [_OVERRIDES, json.dumps(on_base(config, settings.base))]
     if settings.origins:
         command += ["--allowed-origins", json.dumps(settings.origins)]
     command += [] if settings.access_log else ["--disable-uvicorn-access-log"]
@@ -105,6 +103,20 @@ def prepare(collection: str | None, settings: Settings) -> tuple[list[str], dict
     if settings.key:
         environment["VLLM_API_KEY"] = settings.key  # a command line is everybody's to read
     return [*command, *settings.arguments], environment
+
+
+def check_arguments(settings: Settings) -> None:
+    """Refuse what vLLM's arguments may not say: the last to say it would win, without a word.
+
+    Raises:
+        UsageError: the message names the option.
+    """
+    options = [_hyphens(argument).partition("=")[0].partition(".")[0] for argument in settings.arguments]
+    for option in options:
+        if option in _OURS:
+            raise UsageError(f"{option} is not for vLLM's arguments: see `fusionroute serve --help`")
+    if settings.base is not None and _OVERRIDES in options:
+        raise UsageError(f"--base and vLLM's {_OVERRIDES} exclude each other: both change what the collection is")
 
 
 def stored_dtype(members: Sequence[Placed]) -> str:
@@ -129,13 +141,19 @@ def on_base(config: FusionRouteConfig, base: str) -> dict[str, Any]:
     return {"router": router, "experts": experts}
 
 
+def _hyphens(argument: str) -> str:
+    """An argument with its option spelt with hyphens; vLLM takes underscores as well."""
+    option, equals, value = argument.partition("=")
+    return (option.replace("_", "-") if option.startswith("--") else option) + equals + value
+
+
 def _ranks(arguments: Sequence[str]) -> tuple[int, int]:
     """Tensor-parallel and pipeline ranks among vLLM's arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
     try:
-        found, _ = parser.parse_known_args(list(arguments))
+        found, _ = parser.parse_known_args([_hyphens(argument) for argument in arguments])
     except argparse.ArgumentError as error:
         raise UsageError(f"vLLM's arguments: {error}") from None
     return found.tensor_parallel_size, found.pipeline_parallel_size

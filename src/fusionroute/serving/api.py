@@ -21,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fusionroute import __version__
 from fusionroute.configuration import ROUTER
 from fusionroute.decoding.rows import Event
+from fusionroute.members import quantised
 from fusionroute.serving import policies
 from fusionroute.serving.asking import Asked, Asking
 from fusionroute.serving.describe import ERROR, REPLIES, STATUSES, describe
@@ -71,6 +72,11 @@ class Service:
         return list(self.asking.config.expert_names)
 
     async def asked(self, understand: Callable[[Any], Asked], body: Any) -> Asked:
+        """What the body comes to, read in the tokenizer's thread by a method of `asking`.
+
+        Raises:
+            ApiError: it cannot be done, or not now.
+        """
         if self.log_prompts:
             log.info("asked: %s", body.model_dump_json(exclude_none=True))
         # Before the reading, which is work too: a request that will be refused should cost nothing.
@@ -123,6 +129,8 @@ def _protocol(app: FastAPI, service: Service) -> None:
     }
     replies = {200: {"description": "the answer, or with `stream` its pieces", "content": REPLIES}, **errors}
 
+    rounded = quantised(service.scheduler.engine.model.members)
+
     def card(name: str) -> dict[str, Any]:
         return {
             "id": name,
@@ -130,6 +138,7 @@ def _protocol(app: FastAPI, service: Service) -> None:
             "created": service.created,
             "owned_by": "fusionroute",
             "max_model_len": service.asking.config.max_position_embeddings,
+            **({"quantised": rounded} if rounded else {}),
         }
 
     @app.get("/v1/models", responses={401: errors[401]})
@@ -145,14 +154,12 @@ def _protocol(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         asked = await service.asked(service.asking.chat, body)
         replies = Replies("chat.completion", body.model or service.name, service.experts, service.words, asked)
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return await _answer(service, request, replies, stream=bool(body.stream), usage=usage)
+        return await _answer(service, request, replies, stream=bool(body.stream), usage=body.ends_with_usage)
 
     @app.post("/v1/completions", responses=replies)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         asked = await service.asked(service.asking.completion, body)
         replies = Replies("text_completion", body.model or service.name, service.experts, service.words, asked)
-        usage = body.stream_options is not None and body.stream_options.include_usage
         echoes: list[Echo] = []
         if body.echo:
             found = await unless_gone(request, _echoes(service, asked))
@@ -161,7 +168,8 @@ def _protocol(app: FastAPI, service: Service) -> None:
             echoes = found
         if body.max_tokens == 0:
             return _json(replies.whole(echoes))
-        return await _answer(service, request, replies, stream=bool(body.stream), usage=usage, echoes=echoes)
+        stream, usage = bool(body.stream), body.ends_with_usage
+        return await _answer(service, request, replies, stream=stream, usage=usage, echoes=echoes)
 
     @app.post("/v1/embeddings", status_code=404, responses={404: errors[404]})
     async def embeddings() -> Response:
@@ -294,7 +302,10 @@ async def _refused(request: Request, error: Any) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    message = first["msg"] if place is None else f"{place}: {first['msg']}"
+    if first["type"] == "json_invalid":  # the place is a number of characters then, and no field
+        message, place = f"the body is not JSON: {first['ctx']['error']} at character {place}", None
+    else:
+        message = f"{place or 'the body'}: {first['msg']}"
     return await _refused(request, ApiError(400, message, place, "invalid_request"))
 
 

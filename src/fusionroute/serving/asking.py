@@ -235,6 +235,10 @@ class Asking:
             raise ApiError(400, message, fields[1], "context_length_exceeded")
         return asked
 
+    def _is_id(self, text: str) -> bool:
+        # Its length first: Python refuses to read numbers of thousands of digits.
+        return text.isdecimal() and len(text) <= 10 and int(text) < self.config.vocab_size
+
     def _sampling(self, body: ChatRequest | CompletionRequest) -> Sampling:
         def of(name: str, none: Any) -> Any:
             value = getattr(body, name)
@@ -242,7 +246,7 @@ class Asking:
 
         bias = None
         if body.logit_bias:
-            if bad := [key for key in body.logit_bias if not key.isdecimal() or int(key) >= self.config.vocab_size]:
+            if bad := [key for key in body.logit_bias if not self._is_id(key)]:
                 message = f"logit_bias has {bad[0][:40]!r}, which is no token id below {self.config.vocab_size}"
                 raise ApiError(400, message, "logit_bias")
             bias = {int(key): value for key, value in body.logit_bias.items()}

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 STATUSES = {
     400: "the request cannot be done",
     401: "the key is missing or wrong",
+    403: "the server is addressed by another name",
     404: "there is no such model",
     408: "the body did not arrive in time",
     413: "the body is too long",

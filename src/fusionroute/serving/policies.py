@@ -5,12 +5,11 @@ Each is a policy of one loaded collection; no name reaches the file system.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, get_args
 
 from fusionroute.configuration import ROUTER
+from fusionroute.modeling import Routing
 from fusionroute.serving.errors import ApiError
-
-Routing = Literal["token", "query", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -45,33 +44,28 @@ def parse(model: str | None, collection: str, experts: Sequence[str]) -> Policy:
         return Policy()
     name, at, text = model.partition("@")
     if name != collection:
-        raise ApiError(
-            404, f"there is no model {name[:80]!r}; this server has {collection!r}", "model", "model_not_found"
-        )
+        raise _not_found(f"there is no model {name[:80]!r}; this server has {collection!r}")
     found: dict[str, Any] = {}
     for part in text.split(",") if at else []:
         key, _, value = part.partition("=")
         if key in found:
-            raise ApiError(404, f"the model name gives {key} twice", "model", "model_not_found")
+            raise _not_found(f"the model name gives {key} twice")
         if key == "expert":
             found[key] = check_expert(value, experts)
         elif key == "alpha":
             found[key] = _number(value)
-        elif key == "routing" and value in ("token", "query", "uniform"):
+        elif key == "routing" and value in get_args(Routing):
             found[key] = value
         else:
-            raise ApiError(
-                404,
+            raise _not_found(
                 f"the model name has {part[:80]!r}; after {collection}@ there may be expert=NAME, alpha=NUMBER and "
-                "routing=token|query|uniform",
-                "model",
-                "model_not_found",
+                f"routing={'|'.join(get_args(Routing))}"
             )
     return Policy(**found)
 
 
 def merge(
-    policy: Policy, expert: str | None, alpha: float | None, routing: str | None, experts: Sequence[str]
+    policy: Policy, expert: str | None, alpha: float | None, routing: Routing | None, experts: Sequence[str]
 ) -> Policy:
     """The policy of a name with what the body says, which goes before it.
 
@@ -81,19 +75,19 @@ def merge(
     return Policy(
         policy.expert if expert is None else check_expert(expert, experts, "expert"),
         policy.alpha if alpha is None else alpha,
-        policy.routing if routing is None else cast(Routing, routing),
+        policy.routing if routing is None else routing,
     )
 
 
 def check_expert(name: str, experts: Sequence[str], param: str = "model") -> str:
-    """The name, if there is such a member.
+    """The name, if there is such a member; `param` is the body's field that has it.
 
     Raises:
         ApiError: there is not.
     """
     if name != ROUTER and name not in experts:
         known = ", ".join([*experts, ROUTER])
-        raise ApiError(404, f"there is no expert {name[:80]!r}; there are {known}", param, "model_not_found")
+        raise _not_found(f"there is no expert {name[:80]!r}; there are {known}", param)
     return name
 
 
@@ -103,5 +97,9 @@ def _number(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not -100 <= value <= 100:
-        raise ApiError(404, f"alpha is {text[:80]!r}; it must be a number from -100 to 100", "model", "model_not_found")
+        raise _not_found(f"alpha is {text[:80]!r}; it must be a number from -100 to 100")
     return value
+
+
+def _not_found(message: str, param: str = "model") -> ApiError:
+    return ApiError(404, message, param, "model_not_found")

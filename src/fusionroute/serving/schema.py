@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fusionroute.modeling import Routing
+
 LARGEST_SEED = 2**63 - 1
 STOPS = 16  # the protocol has four; templates of some clients send more
 CHOICES = 16
@@ -107,12 +109,17 @@ class _Common(_Asked):
     # ours: the policy, which the model's name may also give, and what the page shows
     alpha: Annotated[float, Field(ge=-100, le=100)] | None = None
     expert: str | None = None
-    routing: Literal["token", "query", "uniform"] | None = None
+    routing: Routing | None = None
     candidates: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def ends_with_usage(self) -> bool:
+        """Whether a stream has a last chunk that says how many tokens were read and written."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class ChatRequest(_Common):

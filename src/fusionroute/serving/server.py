@@ -11,11 +11,8 @@ from typing import Any
 import uvicorn
 
 from fusionroute import collection as collections
-from fusionroute.decoding.drafting import PromptLookup
-from fusionroute.decoding.engine import Engine
-from fusionroute.decoding.members import Members
 from fusionroute.errors import UsageError
-from fusionroute.modeling import FusionRouteForCausalLM
+from fusionroute.loading import load_engine
 from fusionroute.serving.api import Service, create_app
 from fusionroute.serving.asking import Asking
 from fusionroute.serving.guard import PatientProtocol
@@ -23,7 +20,6 @@ from fusionroute.serving.metrics import Metrics
 from fusionroute.serving.scheduler import Scheduler
 from fusionroute.serving.settings import Limits
 from fusionroute.serving.words import Words
-from fusionroute.training.running import quiet
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -42,7 +38,7 @@ def make_service(
 
     Args:
         name: as clients see the collection; None takes its folder's.
-        how: it is loaded: arguments of `FusionRouteForCausalLM.from_pretrained`.
+        how: it is loaded: arguments of `fusionroute.loading.load_engine`.
 
     Raises:
         FusionRouteError: it does not load.
@@ -51,7 +47,7 @@ def make_service(
     # In a thread that ends: one that has run a parallel operation keeps its workers, and with more workers than cores
     # OpenMP's barriers sleep instead of spinning. Steps in the engine's own thread took 1.7 times as long.
     with ThreadPoolExecutor(1) as loading:
-        engine = loading.submit(_load_engine, folder, kv_budget, how).result()
+        engine = loading.submit(load_engine, folder, kv_budget=kv_budget, reuse=True, **how).result()
     model = engine.model
     # The engine's tokenizer is its thread's, this one the reader's.
     reading = collections.load_tokenizer(folder)
@@ -69,21 +65,6 @@ def make_service(
         metrics,
         limits,
         log_prompts,
-    )
-
-
-def _load_engine(folder: Path, kv_budget: int | None, how: dict[str, Any]) -> Engine:
-    with quiet():
-        model = FusionRouteForCausalLM.from_pretrained(folder, **how)
-        tokenizer = collections.load_tokenizer(folder)
-    members = Members(model)
-    return Engine(
-        model,
-        tokenizer,
-        members=members,
-        drafter=PromptLookup() if members.rewindable else None,
-        kv_budget=kv_budget,
-        reuse=members.rewindable,
     )
 
 

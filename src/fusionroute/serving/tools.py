@@ -61,11 +61,11 @@ def _parse(body: str) -> dict[str, Any] | None:
     try:
         found = json.loads(body)
         name, arguments = found["name"], found.get("arguments", {})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(name, str):
         return None
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": text}}
 
 

@@ -21,11 +21,11 @@ from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_file, write_json
 from fusionroute.lm_head import Head, hidden_states
 from fusionroute.members import Member
+from fusionroute.progress import Meter
 from fusionroute.router import RouteHead
 from fusionroute.training import processes
 from fusionroute.training.data import Item, Tokens, digest_sequences
 from fusionroute.training.logprobs import score_labels
-from fusionroute.training.running import Meter
 
 SHARD = 256  # sequences in a file: some seconds to minutes of work
 BATCH_TOKENS = 2048  # padded tokens in a forward
@@ -132,7 +132,6 @@ def annotate(
     vocab_size: int,
     *,
     route_head: RouteHead | None = None,
-    title: str | None = None,
     part: Part = WHOLE,
 ) -> Path:
     """Annotate `sequences` into a sub-folder of `folder` and return it; shards that are there are kept.
@@ -145,7 +144,8 @@ def annotate(
             whoever writes it, and when the folders of all are copied together nothing is missing.
 
     Raises:
-        FusionRouteError: a label lies outside the member's vocabulary, or the disk is full.
+        FusionRouteError: an id lies outside the common vocabulary, a label log-probability is not finite, the member's
+            logits are of an unknown kind (`Head.check`), or the disk is full.
     """
     key = annotation_key(member, sequences, vocab_size, route_head)
     target = folder / f"{member.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -162,7 +162,7 @@ def annotate(
     missing = processes.agree([n for n in range(len(shards)) if part.has(n) and not _shard(target, n).is_file()])
     mine = [(n, shards[n]) for n in missing[processes.rank() :: processes.world()]]
     if mine:
-        _annotate_shards(member, sequences, target, mine, vocab_size, route_head, title)
+        _annotate_shards(member, sequences, target, mine, vocab_size, route_head)
     processes.wait()
     return target
 
@@ -174,21 +174,19 @@ def _annotate_shards(
     shards: Sequence[tuple[int, range]],
     vocab_size: int,
     route_head: RouteHead | None,
-    title: str | None,
 ) -> None:
     head = Head(member.model, vocab_size)
     member.activate()
     head.check(member.model)
     total = sum(len(sequences[i].ids) for _, shard in shards for i in shard)
-    meter = Meter(title or f"annotating with {member.name}", total)
-    for number, shard in shards:
-        columns: dict[int, dict[str, Tensor]] = {}
-        for batch in batches(sequences, shard):
-            done = annotate_batch(member, head, [sequences[i] for i in batch], route_head)
-            columns |= dict(zip(batch, done, strict=True))
-            meter.advance(sum(len(sequences[i].ids) for i in batch))
-        _write_shard(_shard(target, number), [columns[i] for i in shard])
-    meter.close()
+    with Meter(f"annotating with {member.name}", total) as meter:
+        for number, shard in shards:
+            columns: dict[int, dict[str, Tensor]] = {}
+            for batch in batches(sequences, shard):
+                done = annotate_batch(member, head, [sequences[i] for i in batch], route_head)
+                columns |= dict(zip(batch, done, strict=True))
+                meter.advance(sum(len(sequences[i].ids) for i in batch))
+            _write_shard(_shard(target, number), [columns[i] for i in shard])
 
 
 def _shard(folder: Path, number: int) -> Path:

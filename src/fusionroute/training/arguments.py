@@ -28,6 +28,9 @@ class RouterArguments(TrainingArguments):
             each other. The same losses and gradients from fewer rows.
         sharded (`bool`): split the router's parameters, gradients and moments over the processes of the launch (FSDP2).
             An accelerate configuration that says `FSDP` with `fsdp_version: 2` sets it.
+
+    Raises:
+        FusionRouteError: an unknown choice, or what this trainer does not do: `fsdp`, `fp16` where it is sharded.
     """
 
     route_weight: float = 1 / 3

@@ -76,6 +76,16 @@ def tokenize_turns(tokenizer: Any, prompt: Sequence[Mapping[str, str]], answer: 
     return Tokens(tuple(full), start)
 
 
+def tokenize_row(tokenizer: Any, row: Mapping[str, Any]) -> tuple[Tokens, ...]:
+    """The one sequence of a chat row, whose completion is the last message, or the two of a pair.
+
+    Raises as `tokenize_turns`.
+    """
+    if "messages" in row:
+        return (tokenize_turns(tokenizer, row["messages"][:-1], row["messages"][-1:]),)
+    return tuple(tokenize_turns(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected"))
+
+
 def tokenize_rows(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, context: int, max_length: int | None = None
 ) -> tuple[list[Item], int]:
@@ -91,11 +101,7 @@ def tokenize_rows(
     items = []
     dropped = 0
     for number, row in enumerate(rows):
-        if "messages" in row:
-            turns = [(row["messages"][:-1], row["messages"][-1:])]
-        else:
-            turns = [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
-        sequences = tuple(tokenize_turns(tokenizer, prompt, answer) for prompt, answer in turns)
+        sequences = tokenize_row(tokenizer, row)
         longest = max(len(sequence.ids) for sequence in sequences)
         if max_length is not None and longest > max_length:
             dropped += 1
@@ -138,6 +144,10 @@ class LengthGroups(Sampler[int]):
     """Batches of similar length in random order: shuffle, sort within groups of 32 batches, shuffle the batches.
 
     The order is a function of (seed, epoch), so a resumed run meets the same batches.
+
+    Args:
+        lengths: of the items, in tokens.
+        batch: items of an optimizer step, over all its micro-batches and processes.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:

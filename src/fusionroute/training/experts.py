@@ -13,9 +13,10 @@ from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError
 from fusionroute.lm_head import Head, hidden_states
 from fusionroute.members import LoadOptions, load_model
+from fusionroute.progress import quiet
 from fusionroute.training.logprobs import score_labels
 from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
-from fusionroute.training.running import Progress, StopOnNan, make_arguments, quiet, train_to_the_end
+from fusionroute.training.running import Progress, StopOnNan, make_arguments, train_to_the_end
 
 
 def train_expert(
@@ -46,7 +47,7 @@ def train_expert(
     if not rows:
         raise FusionRouteError(f"expert {name}: there is no row to train on")
     folder = sources.resolve(base, revision=revision)
-    with quiet():
+    with quiet(data=True):
         config = make_arguments(SFTConfig, run, arguments)
         trainer = fit_adapter(folder, rows, config, run, title=f"expert {name}", lora=lora, dtype=dtype)
     provenance = {
@@ -89,7 +90,6 @@ def fit_adapter(
     import datasets
     from peft import PeftModel, get_peft_model
     from transformers import AutoTokenizer
-    from transformers.trainer_callback import PrinterCallback
 
     data = datasets.Dataset.from_list(
         [{"prompt": row["messages"][:-1], "completion": [row["messages"][-1]]} for row in rows]
@@ -112,7 +112,6 @@ def fit_adapter(
         raise FusionRouteError(
             f"{title}: max_length {config.max_length} cuts all {len(rows)} rows short of an answer: raise it"
         )
-    trainer.remove_callback(PrinterCallback)
     train_to_the_end(trainer, run)
     return trainer
 

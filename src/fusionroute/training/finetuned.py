@@ -18,10 +18,11 @@ import torch
 from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError
 from fusionroute.members import LoadOptions, load_model
-from fusionroute.training.data import tokenize_turns
+from fusionroute.progress import quiet
+from fusionroute.training.data import tokenize_row
 from fusionroute.training.experts import fit_adapter, import_trl
 from fusionroute.training.lora import LoraSettings, save_adapter
-from fusionroute.training.running import Progress, StopOnNan, grouping, make_arguments, quiet, train_to_the_end
+from fusionroute.training.running import Progress, StopOnNan, grouping, make_arguments, train_to_the_end
 
 _TITLE = "fine-tuned baseline"
 
@@ -89,7 +90,7 @@ def train_finetuned(
         "lora": {"start": weights.digest(lora)} if isinstance(lora, Path) else lora.model_dump(),
     }
     if not first.is_dir() or not pairs:
-        with quiet():
+        with quiet(data=True):
             config = make_arguments(trl.SFTConfig, run / "sft", length | sft)
             trainer = fit_adapter(folder, chat, config, run / "sft", title=f"{_TITLE}, SFT", lora=lora, dtype=dtype)
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -99,7 +100,7 @@ def train_finetuned(
         save_adapter(model, first, torch.float32, provenance)
         del trainer, model
         gc.collect()
-    with quiet():
+    with quiet(data=True):
         config = make_arguments(trl.DPOConfig, run / "dpo", length | dpo)
         trainer = _prefer(trl.DPOTrainer, folder, first, pairs, config, run / "dpo", tokenizer, dtype)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -108,12 +109,7 @@ def train_finetuned(
 
 
 def _tokens(tokenizer: Any, row: dict) -> int:
-    turns = (
-        [(row["messages"][:-1], row["messages"][-1:])]
-        if "messages" in row
-        else [(row["prompt"], row[side]) for side in ("chosen", "rejected")]
-    )
-    return max(len(tokenize_turns(tokenizer, prompt, answer).ids) for prompt, answer in turns)
+    return max(len(sequence.ids) for sequence in tokenize_row(tokenizer, row))
 
 
 def _prefer(
@@ -129,7 +125,6 @@ def _prefer(
     """DPO of an adapter to the end; returns the trainer."""
     import datasets
     from peft import PeftModel
-    from transformers.trainer_callback import PrinterCallback
 
     torch.manual_seed(config.seed)
     model = PeftModel.from_pretrained(load_model(folder, LoadOptions(dtype=dtype)), str(adapter), is_trainable=True)
@@ -143,6 +138,5 @@ def _prefer(
         processing_class=tokenizer,
         callbacks=[Progress(f"{_TITLE}, DPO"), StopOnNan()],
     )
-    trainer.remove_callback(PrinterCallback)
     train_to_the_end(trainer, run)
     return trainer

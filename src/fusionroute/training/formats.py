@@ -171,6 +171,9 @@ ADAPTERS: dict[str, Callable[[Row], Row | None]] = {
     "preference": _preference,
 }
 
+# The formats whose rows are pairs; rows of the others are chats.
+PAIRED = ("ultrafeedback", "hh_rlhf", "openhermes_preferences", "preference")
+
 _PROGRAMMING = (
     r"(?:(?i:java|javascript|js|node\.js|typescript|c\+\+|cpp|c#|ruby|php|golang|rust|swift|kotlin|perl|scala|haskell"
     r"|lua|matlab|bash|shell)|C|R|Go)"

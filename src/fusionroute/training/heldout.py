@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fusionroute import fusion
 from fusionroute.lm_head import Head, hidden_states
+from fusionroute.progress import Meter
 from fusionroute.training.annotation import batches, pad_batch
 from fusionroute.training.data import Item, Tokens
 from fusionroute.training.logprobs import CHUNK, score_labels, score_logits
 from fusionroute.training.losses import informative, routed_logprobs
-from fusionroute.training.running import Meter
 
 if TYPE_CHECKING:
     from fusionroute.modeling import FusionRouteForCausalLM
@@ -28,6 +28,9 @@ def measure(
 ) -> dict[str, Any]:
     """Routing figures of `model` on the SFT `items`, by domain and over all.
 
+    Args:
+        draws, seed: of the bootstrap over rows.
+
     Returns:
         `{"domains": {DOMAIN: {"rows", "tokens", "informative", "nll": {SYSTEM: [value, low, high]}, "top1": {…},
         "shares": {EXPERT: fraction}, "gap_closed": […], "over_best_expert": …}, "all": {…}}}`; nll in nats per token of
@@ -36,12 +39,14 @@ def measure(
     names = model.config.expert_names
     sequences = [item.sequences[0] for item in items]
     heads = [Head(member.model, model.config.vocab_size) for member in model.members]
-    meter = Meter("measuring on held-out rows", sum(len(s.ids) for s in sequences))
+    for member, head in zip(model.members, heads, strict=True):
+        member.activate()
+        head.check(member.model)
     rows: dict[int, dict[str, Tensor]] = {}
-    for batch in batches(sequences, range(len(sequences))):
-        rows |= dict(zip(batch, _measure_batch(model, heads, [sequences[i] for i in batch]), strict=True))
-        meter.advance(sum(len(sequences[i].ids) for i in batch))
-    meter.close()
+    with Meter("measuring on held-out rows", sum(len(s.ids) for s in sequences)) as meter:
+        for batch in batches(sequences, range(len(sequences))):
+            rows |= dict(zip(batch, _measure_batch(model, heads, [sequences[i] for i in batch]), strict=True))
+            meter.advance(sum(len(sequences[i].ids) for i in batch))
     table = {key: torch.stack([rows[i][key] for i in range(len(items))]) for key in rows[0]}
     generator = torch.Generator().manual_seed(seed)
     domains = sorted({item.domain for item in items})

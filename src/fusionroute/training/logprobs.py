@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Positions whose logits exist at once. 128 × 49,152 float32 is 25 MB; larger chunks are no faster on the CPUs measured.
 CHUNK = 128
@@ -35,7 +36,7 @@ def score_labels(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tenso
         if not needs_grad:
             scores = _score(piece, head, wanted)
         elif trainable:
-            scores = torch.utils.checkpoint.checkpoint(_score, piece, head, wanted, use_reentrant=False)
+            scores = checkpoint(_score, piece, head, wanted, use_reentrant=False)
         else:
             scores = LabelScores(*_FrozenHead.apply(piece, head, wanted))
         logprobs.append(scores[0])

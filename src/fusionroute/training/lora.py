@@ -6,9 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fusionroute.collection import PROVENANCE
+from fusionroute.copying import PROVENANCE, kind
 from fusionroute.files import staged_folder, write_json
-from fusionroute.sources import Source
 
 
 class LoraSettings(BaseModel):
@@ -55,7 +54,7 @@ def save_adapter(
         config_file = scratch / "adapter_config.json"
         config = json.loads(config_file.read_text())
         base = provenance.get("base")
-        config["base_model_name_or_path"] = base if base and Source.parse(base).kind == "hub" else None
+        config["base_model_name_or_path"] = base if base and kind(base, folder) == "hub" else None
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's template, all placeholders
         write_json(scratch / PROVENANCE, provenance)

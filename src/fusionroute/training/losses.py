@@ -69,6 +69,7 @@ class Segments:
         return values.new_zeros(self.count).index_add(0, self.index, values)
 
     def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values [N]` per sequence, `[count]`; 0 where it has no position."""
         return self.sum(values) / self.sum(torch.ones_like(values)).clamp(min=1)
 
 

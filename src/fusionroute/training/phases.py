@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fusionroute import sources, weights
-from fusionroute.collection import PROVENANCE, copy_tokenizer
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
+from fusionroute.copying import PROVENANCE, copy_tokenizer
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import read_json, staged_folder, write_json
+from fusionroute.lm_head import Head
 from fusionroute.members import LoadOptions, load_members, load_model
+from fusionroute.progress import quiet
 from fusionroute.router import RouteHead, head_width
 from fusionroute.training import processes
 from fusionroute.training.annotation import WHOLE, Part, annotate, sequences_of, with_annotations
@@ -26,7 +28,7 @@ from fusionroute.training.data import Item
 from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
 from fusionroute.training.model import RouterForTraining, of_lm
 from fusionroute.training.pool import Pool
-from fusionroute.training.running import make_arguments, quiet, train_to_the_end
+from fusionroute.training.running import check_arguments, make_arguments, train_to_the_end
 from fusionroute.training.trainer import RouterArguments, RouterTrainer
 
 
@@ -50,7 +52,7 @@ def annotate_members(
     specs = {spec.name: spec for spec in config.specs_on(base)}
     folders = []
     for name in names:
-        with quiet():
+        with quiet(data=True):
             (member,) = load_members([specs[name]], collection, options)
         head = None
         if name == ROUTER:
@@ -78,16 +80,23 @@ def load_trainable(
         lora: shape of a new adapter, if the router has none yet; None trains every weight. A router that has an adapter
             goes on with it.
         seed: of a new adapter.
+
+    Raises:
+        FusionRouteError: weights cannot be had or loaded, the logits are of an unknown kind (`Head.check`), the head is
+            another router's.
     """
     from peft import PeftModel, get_peft_model
 
     folder = sources.resolve(spec.source, revision=spec.revision, relative_to=collection)
-    with quiet():
+    with quiet(data=True):
         whole = lora is None and spec.adapter is None
         dtype = torch.float32 if whole else options.dtype
         lm: Any = load_model(folder, LoadOptions(dtype, options.device, options.attn_implementation))
+        Head(lm, config.vocab_size).check(lm)  # before the adapter, whose dropout would tell the two apart
         if spec.adapter is not None:
-            adapter = sources.resolve(spec.adapter, relative_to=collection, what="adapter")
+            adapter = sources.resolve(
+                spec.adapter, revision=spec.adapter_revision, relative_to=collection, what="adapter"
+            )
             lm = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
         elif lora is not None:
             torch.manual_seed(seed)
@@ -127,7 +136,7 @@ def train_router(
         FusionRouteError: a NaN, no items, an unknown argument, a full disk.
     """
     args = make_arguments(RouterArguments, run, arguments)
-    with quiet():
+    with quiet(data=True):
         trainer = RouterTrainer(model, args, items, pool=pool, title=title)
         train_to_the_end(trainer, run)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -181,7 +190,25 @@ def sft(
     options: LoadOptions,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Phase 1 (Eq. 2) on SFT items."""
+    """Phase 1 (Eq. 2) on SFT items: annotate what is not annotated yet, train, write the router folder `out`.
+
+    Args:
+        collection: folder of the collection whose router is trained.
+        annotations: folder of annotations, kept for other runs.
+        lora, options: as in `load_trainable`.
+        arguments, run: as in `train_router`.
+        base: in place of the base that adapters stand on.
+
+    Returns:
+        The last logged figures.
+
+    Raises:
+        FusionRouteError: there are pairs among the items; as `annotate`, `load_trainable` and `train_router`.
+    """
+    pairs = sum(item.is_pair for item in items)
+    if pairs:
+        raise FusionRouteError(f"phase 1 takes chat rows, and sft.data has {pairs} preference pairs: move them to cdpo")
+    check_arguments(RouterArguments, arguments)
     folders = annotate_members(config, collection, config.expert_names, items, annotations, options, base)
     seed = int(arguments.get("seed", 42))
     model = load_trainable(config.specs_on(base)[0], config, collection, lora=lora, options=options, seed=seed)
@@ -211,13 +238,21 @@ def cdpo(
     options: LoadOptions,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Phase 2 (Eq. 3, Algorithm 1) on pairs and SFT items; the router of `collection` is π_ref."""
+    """Phase 2 (Eq. 3, Algorithm 1) on pairs and SFT items; the router of `collection` is π_ref.
+
+    Arguments and what is returned are as of `sft`; a router that is an adapter goes on with it, any other trains whole.
+
+    Raises:
+        FusionRouteError: the route head is untrained, there are no pairs; as `annotate`, `load_trainable` and
+            `train_router`.
+    """
     if not config.head_trained:
         raise FusionRouteError(
             f"{collection}: the route head is untrained; run phase 1 (`fusionroute train sft`) first"
         )
     if not any(item.is_pair for item in items):
         raise FusionRouteError("phase 2 needs preference pairs, and the data has none")
+    check_arguments(RouterArguments, arguments)
     names = [*config.expert_names, ROUTER]
     *folders, reference = annotate_members(config, collection, names, items, annotations, options, base)
     model = load_trainable(config.specs_on(base)[0], config, collection, lora=None, options=options, seed=0)
@@ -242,7 +277,7 @@ def _pool(
     if arguments.get("route_loss") != "renormalized":
         return None
     options = replace(options, device=options.device or processes.device())
-    with quiet():
+    with quiet(data=True):
         return Pool(load_members(config.specs_on(base)[1:], collection, options), config.vocab_size)
 
 

@@ -33,7 +33,8 @@ def device() -> Any:
     """This process's accelerator, by its number on the machine; None where there is none."""
     import torch
 
-    kind = torch.accelerator.current_accelerator()
+    # torch names the accelerator that it was built for, also on a machine that has none.
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if kind is None else torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 

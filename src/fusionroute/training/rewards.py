@@ -11,9 +11,10 @@ import torch
 
 from fusionroute import sources, weights
 from fusionroute.errors import FusionRouteError
+from fusionroute.progress import quiet
 from fusionroute.training.experts import import_trl
 from fusionroute.training.lora import LoraSettings, lora_config, save_adapter
-from fusionroute.training.running import Progress, StopOnNan, grouping, make_arguments, quiet, train_to_the_end
+from fusionroute.training.running import Progress, StopOnNan, grouping, make_arguments, train_to_the_end
 
 _HEAD = "score"  # what transformers calls the head of a causal LM that classifies
 
@@ -44,7 +45,6 @@ def train_reward(
     import datasets
     from peft import get_peft_model
     from transformers import AutoTokenizer
-    from transformers.trainer_callback import PrinterCallback
 
     trl = import_trl("training a reward model")
     title = f"reward model {name}"
@@ -53,7 +53,7 @@ def train_reward(
         raise FusionRouteError(f"{title}: {len(pairs)} rows, {strangers} of them no pairs: it trains on pairs")
     folder = sources.resolve(base, revision=revision)
     data = datasets.Dataset.from_list([{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in pairs])
-    with quiet():
+    with quiet(data=True):
         config = make_arguments(trl.RewardConfig, run, arguments)
         torch.manual_seed(config.seed)  # the head and the adapter are initialised before the trainer seeds itself
         model = _load_classifier(folder, dtype)
@@ -68,7 +68,6 @@ def train_reward(
         left = len(trainer.train_dataset)
         if left == 0:
             raise FusionRouteError(f"{title}: all {len(pairs)} pairs are longer than max_length {config.max_length}")
-        trainer.remove_callback(PrinterCallback)
         train_to_the_end(trainer, run)
     provenance = {
         "base": base,

@@ -1,19 +1,19 @@
 """What every training run shares: whole checkpoints only, progress with tokens/s, a stop at the first NaN."""
 
-import contextlib
 import json
 import math
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import disk_errors
@@ -25,20 +25,16 @@ def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
     """A `TrainingArguments` of class `kind` with this project's defaults under what the recipe gives.
 
     Defaults: no reports, the two newest checkpoints kept, our own progress, CPU where there is nothing better, and no
-    activation checkpointing (trl turns it on, which costs a third of the speed where memory is not short).
+    activation checkpointing (trl turns it on, which costs a third of the speed where memory is not short). A process
+    uses one device, however many it sees.
 
     Raises:
         FusionRouteError: an argument that `kind` does not have, or a value that it refuses.
     """
-    names = {field.name for field in fields(kind)}
+    check_arguments(kind, given)
     # YAML reads 1e-5, without a point, as text.
     floats = {field.name for field in fields(kind) if "float" in str(field.type)}
     given = {k: _number(v) if k in floats and isinstance(v, str) else v for k, v in given.items()}
-    unknown = sorted(set(given) - names)
-    if unknown:
-        raise FusionRouteError(
-            f"{', '.join(unknown)}: no such training argument ({kind.__name__} has none of that name)"
-        )
     processes.join(float(given.get("ddp_timeout", processes.TIMEOUT)))
     defaults = {
         "output_dir": str(run),
@@ -55,9 +51,26 @@ def make_arguments(kind: type, run: Path, given: dict[str, Any]) -> Any:
         # transformers 5.2x renamed gradient_checkpointing; the old name is the one that every supported version has.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            return kind(**{**defaults, **given})
+            arguments: Any = kind(**{**defaults, **given})
         except (ValueError, TypeError) as error:
             raise FusionRouteError(f"training arguments: {' '.join(str(error).split())}") from error
+    # With several GPUs in sight transformers would wrap the model in DataParallel, which cuts every tensor of a batch
+    # along its first axis (ours have rows and flat positions there) and multiplies the batch that the recipe says.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def check_arguments(kind: type, given: Iterable[str]) -> None:
+    """Refuse names that are no arguments of `kind`; makes none, which would set up devices.
+
+    Raises:
+        FusionRouteError: the message lists them.
+    """
+    unknown = sorted(set(given) - {field.name for field in fields(kind)})
+    if unknown:
+        raise FusionRouteError(
+            f"{', '.join(unknown)}: no such training argument ({kind.__name__} has none of that name)"
+        )
 
 
 def _number(text: str) -> float | str:
@@ -83,25 +96,34 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def train_to_the_end(trainer: Any, run: Path) -> None:
-    """`trainer.train()`, from the newest whole checkpoint in `run` if there is one.
+    """`trainer.train()`, from the newest whole checkpoint in `run` if there is one; it prints nothing of its own.
 
     A run killed after its last checkpoint is only loaded: transformers would take one more step.
     """
+    trainer.remove_callback(PrinterCallback)
     checkpoint = processes.agree(last_checkpoint(run) if processes.is_main() else None)
-    with processes.lost_peers(), disk_errors(run):
-        if checkpoint is None:
-            trainer.train()
-            return
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        args = trainer.args
-        more = args.max_steps > state.global_step or (
-            args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0)
-        )
-        if more:
-            trainer.train(resume_from_checkpoint=str(checkpoint))
-        else:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = state
+    try:
+        with processes.lost_peers(), disk_errors(run):
+            _train_from(checkpoint, trainer)
+    finally:
+        # A bar hides the cursor until it is stopped, and a run that fails or is interrupted does not get to its end.
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Progress):
+                callback.close()
+
+
+def _train_from(checkpoint: Path | None, trainer: Any) -> None:
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    args = trainer.args
+    more = args.max_steps > state.global_step or (args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0))
+    if more:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
 
 
 def grouping(trainer_class: type, length: Callable[[Any], int]) -> Any:
@@ -123,11 +145,17 @@ def grouping(trainer_class: type, length: Callable[[Any], int]) -> Any:
 
 
 class StopOnNan(TrainerCallback):
-    """Ends a run whose loss or gradient is no longer a number, before that reaches a weight or a checkpoint."""
+    """Ends a run whose loss or gradient is no longer a number, before that reaches a weight or a checkpoint.
+
+    With `fp16` only the loss counts: its scaler raises the scale until a gradient is infinite, skips that step, which
+    therefore reaches no weight, and goes on with a lower one.
+    """
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        if args.fp16:
+            return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = float(gathered(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
         if not math.isfinite(norm):
@@ -136,7 +164,7 @@ class StopOnNan(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        for key in ("loss", "grad_norm"):
+        for key in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             value = (logs or {}).get(key)
             if isinstance(value, (int, float)) and not math.isfinite(value):
                 raise self._error(key, value, state.global_step, args)
@@ -196,61 +224,10 @@ class Progress(TrainerCallback):
             print(text, file=sys.stderr, flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-class Meter:
-    """Progress in tokens, or in another unit: a bar on a terminal, a line every half minute elsewhere."""
-
-    def __init__(self, title: str, total: int, unit: str = "tokens") -> None:
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self.started = self.printed = time.monotonic()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(title, total=total, note="")
-            self.bar.start()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        rate = self.done / max(now - self.started, 1e-9)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=f"{rate:.3g} {self.unit}/s")
-        elif now - self.printed > 30:
-            self.printed = now
-            left = (self.total - self.done) / rate / 60
-            print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}  {rate:.3g} {self.unit}/s  {left:.0f} min left",
-                file=sys.stderr,
-            )
+        self.close()
 
     def close(self) -> None:
+        """Stop the bar; also where training ended early, which `on_train_end` does not hear of."""
         if self.bar is not None:
             self.bar.stop()
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Keep transformers' and datasets' own bars and advice off the screen while ours is on it."""
-    import datasets
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # Deprecations between transformers, peft and trl are theirs to settle.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-        datasets.enable_progress_bars()
+            self.bar = None

@@ -10,17 +10,18 @@ class Tally:
     """Means of named quantities since they were last read: sums and counts, reduced over processes when read."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[Any]] = {}
+        self.sums: dict[str, list[float]] = {}
 
-    def add(self, name: str, total: Tensor, count: Any) -> None:
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Count `count` values of `name` that add up to `total`, each a number or a tensor of one."""
         entry = self.sums.setdefault(name, [0.0, 0.0])
-        entry[0] += total.detach().double().cpu() if isinstance(total, Tensor) else total
-        entry[1] += count.detach().double().cpu() if isinstance(count, Tensor) else count
+        # Added up in Python's double precision: some devices (MPS) have none of their own.
+        entry[0] += float(total)
+        entry[1] += float(count)
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Means of everything counted, with `cdpo_bias_std` in place of the mean square; starts anew."""
-        state = {name: [float(total), float(count)] for name, (total, count) in self.sums.items()}
-        self.sums = {}
+        """Means of everything counted by any process, each of which must ask; starts anew."""
+        state, self.sums = self.sums, {}
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -31,8 +32,4 @@ class Tally:
                     entry[0] += total
                     entry[1] += count
             state = merged
-        means = {name: total / count for name, (total, count) in state.items() if count}
-        if "cdpo_bias_square" in means:
-            square = means.pop("cdpo_bias_square")
-            means["cdpo_bias_std"] = max(square - means["cdpo_bias"] ** 2, 0.0) ** 0.5
-        return means
+        return {name: total / count for name, (total, count) in state.items() if count}

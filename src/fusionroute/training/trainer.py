@@ -37,6 +37,11 @@ class RouterTrainer(Trainer):
         args: the arguments of both phases.
         items: annotated items; pairs need the columns of the router after phase 1 too.
         pool: the experts, which the route loss `renormalized` needs.
+        title: of the progress shown.
+
+    Raises:
+        FusionRouteError: no items, pairs without the columns of phase 2, no pool where the route loss needs one, or
+            packing with a model that lets packed sequences see each other.
     """
 
     def __init__(
@@ -47,7 +52,6 @@ class RouterTrainer(Trainer):
         *,
         pool: Pool | None = None,
         title: str = "router",
-        pad: int = 0,
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not items:
@@ -60,13 +64,13 @@ class RouterTrainer(Trainer):
         self.pool = pool
         self.domains = tuple(sorted({item.domain for item in items}))
         self.experts = model.route_head.experts
-        self.meter = Tally()
+        self.tally = Tally()
         model.route_head.trained = True
         super().__init__(
             model=model,
             args=args,
             train_dataset=Items(items),
-            data_collator=Collator(self.domains, pad, args.packing),
+            data_collator=Collator(self.domains, 0, args.packing),  # padding is masked: any id will do
             callbacks=[Progress(title), StopOnNan(), *callbacks],
         )
         from transformers.trainer_callback import PrinterCallback
@@ -145,11 +149,11 @@ class RouterTrainer(Trainer):
             routes = fusion.route(scores)
             hard = -losses.routed_logprobs(logprobs, routes)
             best = logprobs.argmax(dim=-1)
-            self.meter.add("lm_loss", -scored.logprobs[:sft].sum(), sft)
-            self.meter.add("route_loss", loss.sum(), where.sum())
-            self.meter.add("route_loss_hard", hard[where].sum(), where.sum())
-            self.meter.add("route_accuracy", (routes == best)[where].sum(), where.sum())
-            self.meter.add("informative", where.sum(), sft)
+            self.tally.add("lm_loss", -scored.logprobs[:sft].sum(), sft)
+            self.tally.add("route_loss", loss.sum(), where.sum())
+            self.tally.add("route_loss_hard", hard[where].sum(), where.sum())
+            self.tally.add("route_accuracy", (routes == best)[where].sum(), where.sum())
+            self.tally.add("informative", where.sum(), sft)
             self._shares(routes, inputs["domain"][:sft])
         return loss
 
@@ -157,7 +161,7 @@ class RouterTrainer(Trainer):
         for d, name in enumerate(self.domains):
             here = routes[domain == d]
             for e, expert in enumerate(self.experts):
-                self.meter.add(f"share_{name}/{expert}", (here == e).sum(), here.numel())
+                self.tally.add(f"share_{name}/{expert}", (here == e).sum(), here.numel())
 
     def _cdpo(self, scored: Scored, inputs: dict[str, Tensor], sft: int) -> Tensor:
         """Eq. 3 per pair."""
@@ -176,12 +180,12 @@ class RouterTrainer(Trainer):
         )
         with torch.no_grad():
             pairs = len(bias)
-            self.meter.add("cdpo_loss", result.loss.sum(), pairs)
-            self.meter.add("cdpo_margin", result.margin.sum(), pairs)
-            self.meter.add("cdpo_bias", bias.sum(), pairs)
-            self.meter.add("cdpo_bias_square", bias.square().sum(), pairs)
-            self.meter.add("cdpo_slope", result.slope.sum(), pairs)
-            self.meter.add("preference_accuracy", (result.margin > 0).sum(), pairs)
+            self.tally.add("cdpo_loss", result.loss.sum(), pairs)
+            self.tally.add("cdpo_margin", result.margin.sum(), pairs)
+            self.tally.add("cdpo_bias", bias.sum(), pairs)
+            self.tally.add("cdpo_bias_square", bias.square().sum(), pairs)
+            self.tally.add("cdpo_slope", result.slope.sum(), pairs)
+            self.tally.add("preference_accuracy", (result.margin > 0).sum(), pairs)
             self._shares(routes, inputs["domain"][sft:])
         return result.loss
 
@@ -189,7 +193,11 @@ class RouterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.meter.read(self.accelerator)
+            means = self.tally.read(self.accelerator)
+            square = means.pop("cdpo_bias_square", None)
+            if square is not None:
+                means["cdpo_bias_std"] = max(square - means["cdpo_bias"] ** 2, 0.0) ** 0.5
+            logs |= means
         super().log(logs, *args, **kwargs)
 
     # ----------------------------------------------------------------------------- optimizer, order, checkpoints

@@ -1,4 +1,4 @@
-"""`fusionroute serve --engine vllm`, asked by the stock client."""
+"""`fusionroute serve --engine vllm` and vLLM's own server, asked by the stock client."""
 
 import signal
 import socket
@@ -36,13 +36,22 @@ def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     """Starts a server that takes requests; gives its process and address."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def begin(folder: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+    def begin(folder: Path, *arguments: str, by: str = "fusionroute") -> tuple[subprocess.Popen[bytes], str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "fusionroute", "serve", "--engine", "vllm", "-c", str(folder)]
-        command += ["--port", str(port), "--name", "tiny", "--api-key", KEY, "--", *VLLM, *arguments]
+        common = ["--port", str(port), "--api-key", KEY]
+        command = {
+            "fusionroute": [
+                *(sys.executable, "-m", "fusionroute", "serve", "--engine", "vllm", "-c", str(folder)),
+                *(*common, "--name", "tiny", "--", *VLLM, *arguments),
+            ],
+            "vllm": [
+                *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
+                *(*common, "--served-model-name", "tiny", *VLLM, *arguments),
+            ],
+        }[by]
         with log.open("wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         running.append(process)
@@ -157,6 +166,20 @@ def test_told_to_stop_it_stops_well(server: tuple[subprocess.Popen[bytes], str])
     assert process.wait(120) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
+
+
+def test_vllm_serve_writes_the_same(
+    start: Callable[..., Any], folder: Path, expected: tuple[list[int], list[str]]
+) -> None:
+    process, url = start(folder, by="vllm")
+    stock = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    reply = stock.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=NEW, temperature=0, extra_body={"return_token_ids": True}
+    )
+    ids, _ = expected
+    assert reply.choices[0].model_extra["token_ids"][: len(ids)] == ids
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
 
 
 def test_a_rank_that_dies_ends_the_server(start: Callable[..., Any], folder: Path) -> None:

@@ -1,28 +1,14 @@
 """Our bar, and the libraries' kept off the screen."""
 
 import io
+import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from bars import Bar
 from fusionroute.progress import Meter, quiet
-
-
-class Bar:
-    """A bar of rich's, as far as it matters here."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.shown = False
-
-    def start(self) -> None:
-        self.shown = True
-
-    def stop(self) -> None:
-        self.shown = False
-
-    def add_task(self, *_: Any, **__: Any) -> int:
-        return 0
 
 
 def test_a_meter_gives_the_terminal_back_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +70,12 @@ def test_quiet_leaves_bars_as_they_were(monkeypatch: pytest.MonkeyPatch, shown: 
     finally:
         logging.enable_progress_bar()
         datasets.enable_progress_bars()
+
+
+def test_hush_is_about_what_is_imported_after() -> None:
+    script = (
+        "import logging\nfrom fusionroute.progress import hush\nhush()\nimport torchao\n"
+        "logging.getLogger('fusionroute').warning('seen')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "seen"

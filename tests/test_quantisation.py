@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fusionroute import Engine, FusionRouteForCausalLM, Request
 from fusionroute.cli import app
 from fusionroute.collection import read_config
+from fusionroute.decoding.members import PackedPool
 from fusionroute.errors import UsageError
 from fusionroute.evaluation.systems import Sources, find
 from fusionroute.files import read_json, write_json
@@ -58,9 +59,16 @@ def test_weights_of_the_blocks_are_rounded(form: str, largest: int, load: Callab
 def test_the_engine_writes_what_the_rounded_model_defines(form: str, load: Callable) -> None:
     model = load("llama", code=form)
     assert quantised(model.members) == {"code": form}
-    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-    (answer,) = Engine(model).generate([Request(PROMPT, 12, ignore_end=True)])
-    assert answer.ids == expected[0, len(PROMPT) :].tolist()
+    prompts = [PROMPT, PROMPT[:2], [7]]
+    expected = [
+        model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None) for p in prompts
+    ]
+    engine = Engine(model)
+    assert all(isinstance(pool, PackedPool) for pool in engine.members.of)
+    answers = engine.generate([Request(prompt, 12, ignore_end=True) for prompt in prompts])
+    assert [answer.ids for answer in answers] == [
+        ids[0, len(prompt) :].tolist() for ids, prompt in zip(expected, prompts, strict=True)
+    ]
 
 
 def test_a_bare_base_is_rounded_in_a_copy_of_its_own(load: Callable) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusionroute import __version__, cli_evaluation, cli_serving, placement
+from fusionroute import __version__, cli_evaluation, cli_serving, placement, progress
 from fusionroute.cli_options import (
     Alpha,
     Base,
@@ -346,6 +346,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.showwarning = _warn
+    progress.hush()
     try:
         app()
     except FusionRouteError as error:

@@ -4,6 +4,7 @@ In a launch of several processes the main one shows its own share, of which no p
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -57,6 +58,15 @@ class Meter:
             self.bar.stop()
 
 
+def hush() -> None:
+    """Let libraries that are imported from now on keep to themselves what concerns nobody here; for commands.
+
+    transformers imports torchao where it is installed, which tells of kernels for GPUs that are not there.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def quiet(*, data: bool = False) -> Iterator[None]:
     """Keep transformers' own bars and advice off the screen, and leave its settings as they were.
@@ -64,21 +74,21 @@ def quiet(*, data: bool = False) -> Iterator[None]:
     Args:
         data: those of `datasets` too, which is imported for it.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as advice
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
+    advice.set_verbosity_error()
+    advice.disable_progress_bar()
     try:
         with warnings.catch_warnings(), _no_bars_of_data() if data else contextlib.nullcontext():
             # Deprecations between transformers, peft and trl are theirs to settle.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.set_verbosity(level)
+        advice.set_verbosity(level)
         # Where the user has turned them off by the environment, turning them on again would be a warning.
         if bars:
-            logging.enable_progress_bar()
+            advice.enable_progress_bar()
 
 
 @contextlib.contextmanager

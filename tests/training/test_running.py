@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from bars import Bar
 from fusionroute.errors import FusionRouteError
 from fusionroute.training.running import (
     Progress,
@@ -188,22 +189,6 @@ def test_an_infinite_gradient_is_the_scalers_business_in_float16() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- progress
-
-
-class Bar:
-    """A bar of rich's, as far as it matters here."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.shown = False
-
-    def start(self) -> None:
-        self.shown = True
-
-    def stop(self) -> None:
-        self.shown = False
-
-    def add_task(self, *_: Any, **__: Any) -> int:
-        return 0
 
 
 def test_a_run_that_is_interrupted_gives_the_terminal_back(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Product:
         bases = [base_of(module) for module in modules]
         # Quantised layers derive from Linear, or hold a weight that is more than a tensor.
         for base in bases:
-            if type(base) is not torch.nn.Linear or type(base.weight) is not torch.nn.Parameter:
+            if type(base) is not torch.nn.Linear or _is_quantised(base):
                 kinds = f"{type(base).__name__} of {type(base.weight).__name__}"
                 raise UnsupportedError(f"{kinds} is not a plain linear layer (quantised?)")
         weights = [base.weight for base in bases]
@@ -92,6 +92,11 @@ class Product:
             _share(weight, bases)
 
     @property
+    def blocks(self) -> bool:
+        """Whether it multiplies with blocks; as of `Matrix`."""
+        return self.all.blocks
+
+    @property
     def matrices(self) -> list[Tensor]:
         """What a product reads."""
         return [self.all.weight] + ([] if self.up is None else [self.up.weight])
@@ -108,7 +113,38 @@ class Product:
         return self.up.add_to(y, low * lanes.columns(self.mask))
 
 
-def share_masks(products: Sequence[Product]) -> None:
+class Apart:
+    """As `Product`, of layers whose weights are more than tensors (quantised): one product each, no adapter."""
+
+    mask = None
+    blocks = False
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self.modules = list(modules)
+        self.matrices: list[Tensor] = [module.weight for module in modules]
+
+    def __call__(self, x: Tensor, lanes: Lanes | None) -> Tensor:
+        """`[N, in] -> [N, out]`."""
+        return torch.cat([module(x) for module in self.modules], dim=-1)
+
+
+def product(modules: Sequence[Any], lanes: Sequence[str | None], *, merge: bool, blocks: bool) -> Product | Apart:
+    """One product of the layers if their weights are plain tensors; arguments as of `Product`.
+
+    Raises:
+        UnsupportedError: layers that are not plain, or quantised ones with adapters.
+    """
+    if not any(lanes) and all(map(_is_quantised, modules)):
+        return Apart(modules)
+    return Product(modules, lanes, merge=merge, blocks=blocks)
+
+
+def _is_quantised(module: Any) -> bool:
+    """Whether it is a linear layer as torch's own, but its weight is not."""
+    return type(module) is torch.nn.Linear and type(module.weight) is not torch.nn.Parameter
+
+
+def share_masks(products: Sequence[Product | Apart]) -> None:
     """Let products with equal masks have one tensor: layers alike use the same columns."""
     masks: list[Tensor] = []
     for product in products:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fusionroute.decoding.cache import KVCache
 from fusionroute.decoding.matrices import filled
-from fusionroute.decoding.products import Lanes, Product, UnsupportedError, share_masks
+from fusionroute.decoding.products import Apart, Lanes, Product, UnsupportedError, product, share_masks
 
 
 class Span(NamedTuple):
@@ -83,10 +83,10 @@ class Shape:
 class Layer(NamedTuple):
     """One block: four products, an activation, and norms (weights; None where the architecture has none)."""
 
-    qkv: Product
-    output: Product
-    gate_up: Product
-    down: Product
+    qkv: Product | Apart
+    output: Product | Apart
+    gate_up: Product | Apart
+    down: Product | Apart
     activation: Any
     norm_in: Tensor
     norm_attention: Tensor | None
@@ -146,7 +146,7 @@ class Transformer:
         self._turn: Callable[..., Tensor] = torch.compile(_turned, dynamic=True) if compile else _turned
         self._gate: Callable[..., Tensor] = torch.compile(_gated, dynamic=True) if compile else _gated
         self.adapted = [lane is not None and not merge for lane in lanes]
-        self.blocks = self.layers[0].qkv.all.blocks
+        self.blocks = self.layers[0].qkv.blocks
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
 
     @property
@@ -161,10 +161,10 @@ class Transformer:
         attention, mlp, centred = layer.self_attn, layer.mlp, self.shape.centred
         after = layer.post_attention_layernorm
         return Layer(
-            Product([attention.q_proj, attention.k_proj, attention.v_proj], lanes, **how),
-            Product([attention.o_proj], lanes, **how),
-            Product([mlp.gate_proj, mlp.up_proj], lanes, **how),
-            Product([mlp.down_proj], lanes, **how),
+            product([attention.q_proj, attention.k_proj, attention.v_proj], lanes, **how),
+            product([attention.o_proj], lanes, **how),
+            product([mlp.gate_proj, mlp.up_proj], lanes, **how),
+            product([mlp.down_proj], lanes, **how),
             mlp.act_fn,
             self._norm_weight(layer.input_layernorm),
             self._norm_weight(after) if centred else None,

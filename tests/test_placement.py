@@ -102,6 +102,11 @@ def test_a_base_is_shared_by_those_that_are_placed_alike(load: Callable) -> None
     assert (router.model.dtype, math.model.dtype) == (torch.float32, torch.bfloat16)
 
 
+def test_no_device_is_the_cpu(load: Callable) -> None:
+    router, math, _ = load("adapters", placement={"math": Placement("cpu")}).members
+    assert math.model is router.model
+
+
 @pytest.mark.parametrize("shape", ["adapters", "mixed"])
 def test_the_engine_writes_what_the_model_defines(shape: str, load: Callable) -> None:
     """Members of two dtypes, adapters of one base in two pools: the reference model and the engine agree."""

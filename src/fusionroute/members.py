@@ -354,7 +354,8 @@ def load_members(specs: Sequence[MemberSpec], collection: Path | None, options: 
     members = []
     for spec, (folder, adapter) in zip(specs, places, strict=True):
         own = options.of(spec)
-        key = (folder, own.device, own.dtype, own.attn_implementation, own.quantised)
+        # No device is the CPU, where transformers loads.
+        key = (folder, own.device or torch.device("cpu"), own.dtype, own.attn_implementation, own.quantised)
         if key not in models:
             models[key] = load_model(folder, own)
         if adapter is not None:

@@ -49,7 +49,8 @@ REPLIES = {
             },
         }
     },
-    "text/event-stream": {"schema": {"type": "string"}},
+    # Of no type: to some readers of descriptions a stream is a string, to others each event is an object.
+    "text/event-stream": {"schema": {"description": "one piece of the answer an event, as JSON; at the end [DONE]"}},
 }
 
 

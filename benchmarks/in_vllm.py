@@ -28,7 +28,7 @@ def make_models(folder: Path, count: int) -> list[Path]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fusionroute import collection, sources
+    from fusionroute import copying, sources
 
     base = sources.resolve(sources.DEFAULT_BASE)
     made = []
@@ -37,7 +37,7 @@ def make_models(folder: Path, count: int) -> list[Path]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16)
         made.append(folder / f"model{seed}")
         model.save_pretrained(made[-1])
-        collection.copy_tokenizer(base, made[-1])
+        copying.copy_tokenizer(base, made[-1])
     return made
 
 

@@ -20,10 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionroute import sources, vocabulary, weights
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, check_names
-from fusionroute.copying import PROVENANCE as PROVENANCE
-from fusionroute.copying import copy_adapter as copy_adapter
-from fusionroute.copying import copy_model
-from fusionroute.copying import copy_tokenizer as copy_tokenizer
+from fusionroute.copying import PROVENANCE, copy_adapter, copy_model, copy_tokenizer
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.files import read_json, staged_folder, write_json
 

@@ -13,7 +13,8 @@ from fake_endpoint import FakeEndpoint, verdict
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fusionroute.collection import PROVENANCE, read_config
+from fusionroute.collection import read_config
+from fusionroute.copying import PROVENANCE
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import page, report
 from fusionroute.evaluation.endpoint import Endpoint

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fusionroute import sources
-from fusionroute.collection import PROVENANCE, copy_adapter, read_config
+from fusionroute.collection import read_config
+from fusionroute.copying import PROVENANCE, copy_adapter
 from fusionroute.errors import UsageError
 from fusionroute.files import read_json, staged_folder
 

@@ -26,7 +26,7 @@ from rich.progress import track
 from safetensors import safe_open
 from torch import Tensor
 
-from fusionroute import collection, members, sources, vocabulary
+from fusionroute import collection, copying, members, sources, vocabulary
 from fusionroute.configuration import absolute_source
 from fusionroute.errors import FusionRouteError, UsageError, first_line
 from fusionroute.files import read_json, staged_folder, write_json
@@ -324,7 +324,7 @@ def merge_members(
         shards.setdefault(stored.file.name, {})[name] = stored
     with staged_folder(out) as scratch:
         shutil.copyfile(base / "config.json", scratch / "config.json")
-        collection.copy_tokenizer(text, scratch)
+        copying.copy_tokenizer(text, scratch)
         configs = [folder / "generation_config.json" for folder in (text, base)]
         if (generation := next(filter(Path.is_file, configs), None)) is not None:
             shutil.copyfile(generation, scratch / generation.name)

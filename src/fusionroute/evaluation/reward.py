@@ -13,7 +13,7 @@ import torch
 
 from fusionroute import sources, weights
 from fusionroute.baselines.carried import REWARD_FILE, split_adapter
-from fusionroute.collection import PROVENANCE
+from fusionroute.copying import PROVENANCE
 from fusionroute.errors import FusionRouteError, first_line
 from fusionroute.evaluation.statistics import proportion_of
 from fusionroute.files import read_json

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute import collection as collections
-from fusionroute import weights
+from fusionroute import copying, weights
 from fusionroute.baselines.carried import carried, split_adapter
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import UsageError
@@ -243,7 +243,7 @@ def _carried(sources: Sources, name: str) -> Path | None:
     if not out.exists():
         config.set_members(router, experts)
         with staged_folder(out) as scratch:
-            collections.copy_tokenizer(sources.collection, scratch)
+            copying.copy_tokenizer(sources.collection, scratch)
             collections.read_generation_config(sources.collection).save_pretrained(scratch)
             config.save_pretrained(scratch)
             (scratch / ROUTER).mkdir()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusionroute import collection, tiny
+from fusionroute import collection, copying, tiny
 from fusionroute.integrations.vllm_server import on_base
 from fusionroute.modeling import FusionRouteForCausalLM
 
@@ -53,7 +53,7 @@ def test_adapters_on_another_base(
     """What `fusionroute serve --base` tells vLLM."""
     folder = make_collection("adapters")
     tiny.make_model(tmp_path, width=128, scale=0.1, seed=77)
-    collection.copy_tokenizer(folder, tmp_path)
+    copying.copy_tokenizer(folder, tmp_path)
     (given,) = answers(job(folder, {"hf_overrides": on_base(collection.read_config(folder), str(tmp_path))}, ROWS, NEW))
     with pytest.warns(UserWarning, match="digest"):
         model = FusionRouteForCausalLM.from_pretrained(folder, dtype="float32", base=str(tmp_path))

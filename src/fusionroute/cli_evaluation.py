@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fusionroute.cli_options import Base, Collection, Dtype, Json
+from fusionroute.errors import UsageError
 
 
 def merge(
@@ -40,6 +41,10 @@ def evaluate(
     collection: Collection = None,
     sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,
     finetuned: Annotated[str | None, typer.Option(help="The fine-tuned model: SOURCE or SOURCE+ADAPTER.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=COLLECTION: the same experts, the router trained otherwise; runs as variant:NAME."),
+    ] = None,
     reward: Annotated[
         str | None, typer.Option(help="The reward model of sequence-selection and collab: SOURCE or SOURCE+ADAPTER.")
     ] = None,
@@ -92,6 +97,7 @@ def evaluate(
         batch=batch,
         sft=sft,
         finetuned=finetuned,
+        variants=_variants(variant or []),
         reward=reward,
         judge=judge,
         against=against,
@@ -127,6 +133,20 @@ def lm_eval(context: typer.Context) -> None:
     from fusionroute.evaluation import harness
 
     harness.main(context.args)
+
+
+def _variants(entries: list[str]) -> dict[str, Path]:
+    from fusionroute.collection import locate
+
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, _, folder = entry.partition("=")
+        if not (name and folder) or "," in name:
+            raise UsageError(f"--variant {entry!r} must be NAME=COLLECTION, such as plain-dpo=runs/plain/collection")
+        if name in found:
+            raise UsageError(f"--variant names {name} twice")
+        found[name] = locate(folder)
+    return found
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:

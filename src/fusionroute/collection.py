@@ -271,7 +271,7 @@ def assemble(
         generation = GenerationConfig.from_pretrained(tokenizers[ROUTER]) if has_own else GenerationConfig()
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(generation, key, getattr(config, key))
-        _write_generation_config(generation, scratch)
+        write_generation_config(generation, scratch)
         (scratch / ROUTER).mkdir(exist_ok=True)
         route_head.save(scratch / ROUTER)
         write_card(scratch, config)
@@ -283,8 +283,11 @@ def _absolute(source: str, relative_to: Path | None) -> str:
     return str(sources.Source.parse(source, relative_to=relative_to).absolute(relative_to))
 
 
-def _write_generation_config(generation: "GenerationConfig", out: Path) -> None:
-    # transformers would not save one with settings that exclude each other, and published models have such.
+def write_generation_config(generation: "GenerationConfig", out: Path) -> None:
+    """Write `generation_config.json`, settings that exclude each other included.
+
+    transformers would not save those, and published models have such.
+    """
     write_json(out / "generation_config.json", json.loads(generation.to_json_string()))
 
 
@@ -364,7 +367,7 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
             kept.append(spec)
         config.set_members(kept[0], kept[1:])
         config.save_pretrained(scratch)
-        _write_generation_config(model.generation_config, scratch)
+        write_generation_config(model.generation_config, scratch)
         (scratch / ROUTER).mkdir(exist_ok=True)
         model.router.route_head.save(scratch / ROUTER)
         copy_tokenizer(model.folder, scratch)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusionroute import FusionRouteForCausalLM, weights
-from fusionroute.baselines.carried import carried, carry, reward_source, split_adapter
+from fusionroute.baselines.carried import carried, carry, reward_source, shown, split_adapter
 from fusionroute.collection import read_config
 from fusionroute.errors import FusionRouteError
 from fusionroute.files import write_json
@@ -80,6 +80,13 @@ def test_an_embedded_base_is_found_in_the_collection(folder: Path) -> None:
         member["source"] = "./base"
     write_json(folder / "config.json", config)
     assert reward_source(folder, None, None) == f"{folder / 'base'}+{folder / 'baselines' / 'reward'}"
+
+
+def test_what_is_carried_is_told_by_its_place_and_the_rest_as_given(folder: Path) -> None:
+    source = reward_source(folder, None, None)
+    assert source is not None
+    assert shown(source, folder) == "the collection's baselines/reward"
+    assert shown("org/reward+org/adapter", folder) == "org/reward+org/adapter"
 
 
 def test_source_and_adapter_are_told_apart(folder: Path, tmp_path: Path) -> None:

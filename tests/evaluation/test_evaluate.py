@@ -143,6 +143,23 @@ def test_a_second_run_computes_nothing(whole: Evaluation) -> None:
     assert {name: (whole.out / name).read_bytes() for name in before} == before
 
 
+def test_a_variant_stands_in_the_table(run: Callable, folder: Path, tmp_path: Path) -> None:
+    words = ["-c", folder, "--data", DATA, "--tasks", "gsm8k", "--limit", "1", "--variant", f"again={folder}"]
+    code, out, _ = run("evaluate", "--out", tmp_path / "out", *words, "--system", "fusionroute,variant:again", "--json")
+    entry = json.loads(out)["systems"]["variant:again"]
+    assert code == 0
+    assert (entry["difference"]["accuracy"], len(answers_in(tmp_path / "out"))) == (0.0, 1)
+
+
+@pytest.mark.parametrize("entries", [["plain"], ["=here"], ["a,b=here"], ["plain=HERE", "plain=HERE"]])
+def test_variants_of_another_form_are_refused(entries: list[str], run: Callable, folder: Path, tmp_path: Path) -> None:
+    given = [word for entry in entries for word in ("--variant", entry.replace("HERE", str(folder)))]
+    code, _, err = run("evaluate", "--out", tmp_path / "out", "-c", folder, "--data", DATA, *given)
+    assert code == 2
+    assert "--variant" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_stored_answers_score_the_same_again(whole: Evaluation, tmp_path: Path) -> None:
     shutil.copytree(whole.out, tmp_path / "again")
     (tmp_path / "again" / "scores.jsonl").unlink()

@@ -312,7 +312,7 @@ def test_a_collection_may_carry_its_judge(judged: Evaluation, tmp_path: Path) ->
     get_peft_model(model, settings).save_pretrained(own)
     (own / PROVENANCE).write_text(json.dumps({"base_digest": spec.digest}))
     wanted = again(judged, tmp_path / "out", collection=collection, judge=None)
-    assert evaluate(wanted)["judge"]["name"] == f"{spec.source}+{own}"
+    assert evaluate(wanted)["judge"]["name"] == "the collection's baselines/judge"
     assert report.read(wanted.out)["systems"]["uniform"]["win_rate"]["n"] == 3
 
 

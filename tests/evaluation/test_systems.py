@@ -203,6 +203,31 @@ def test_another_fine_tuned_model_is_another_system(sources: Sources) -> None:
     assert found[0].folder != found[1].folder
 
 
+def test_a_variant_is_fusionroute_with_another_collection(carrying: Sources, folder: Path, tmp_path: Path) -> None:
+    variants = {"first-phase": find("sft-only", carrying).folder}
+    system = find("variant:first-phase", replace(carrying, variants=variants))
+    assert written(system.folder, **system.policy) == written(variants["first-phase"])
+    assert system.routed
+
+
+def test_all_has_the_variants_too(folder: Path) -> None:
+    config = read_config(folder)
+    assert parse(["all"], config, ["one", "two"]) == [*every_name(config), "variant:one", "variant:two"]
+
+
+@pytest.mark.parametrize("name", ["variant:nobody", "variant:"])
+def test_a_variant_that_was_not_given_is_asked_for(name: str, sources: Sources) -> None:
+    with pytest.raises(UsageError, match="--variant"):
+        find(name, sources)
+
+
+def test_a_variant_of_other_experts_is_refused(sources: Sources, tmp_path: Path) -> None:
+    spec = read_config(sources.collection).router_spec
+    assemble(tmp_path / "other", spec, [replace(spec, name="prose")], relative_to=sources.collection)
+    with pytest.raises(UsageError, match="prose"):
+        find("variant:other", replace(sources, variants={"other": tmp_path / "other"}))
+
+
 def test_only_systems_with_routes_report_them(sources: Sources) -> None:
     names = ("fusionroute", "query-level", "router", "uniform", "expert:math")
     routed = [name for name in names if find(name, sources).routed]

@@ -45,6 +45,12 @@ def carried(collection: Path, name: str) -> Path | None:
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
+def shown(source: str, collection: Path) -> str:
+    """A source as a reader is told it: what the collection carries by its place there, on whatever machine it lies."""
+    _, own, name = source.rpartition(f"+{collection / BASELINES}/")
+    return f"the collection's {BASELINES}/{name}" if own else source
+
+
 def split_adapter(source: str) -> tuple[str, str | None]:
     """SOURCE+ADAPTER in two; the adapter is None where none is named. Paths may hold plus signs too."""
     parts = source.split("+")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute import collection as collections
-from fusionroute.baselines.carried import reward_source
+from fusionroute.baselines.carried import reward_source, shown
 from fusionroute.baselines.collab import CollabSettings
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import forced, judging
@@ -42,7 +42,7 @@ class Evaluation:
         limit: items of each benchmark, the first; None is all.
         held_out: ask rows held out of training instead of test rows: what settings may be chosen by.
         batch: rows that are decoded together.
-        sft, finetuned: as in `Sources`.
+        sft, finetuned, variants: as in `Sources`.
         reward: the reward model that selects among answers, as in `RewardModel`; None takes the collection's own.
         judge: who compares answers to general prompts, as in `judging.load`; None takes the collection's own.
         against: the system that the others are compared with; None is `finetuned`, else `fusionroute`.
@@ -62,6 +62,7 @@ class Evaluation:
     batch: int = 32
     sft: Path | None = None
     finetuned: str | None = None
+    variants: Mapping[str, Path] = field(default_factory=dict)
     reward: str | None = None
     judge: str | None = None
     against: str | None = None
@@ -117,7 +118,7 @@ class _Run:
     def __init__(self, wanted: Evaluation) -> None:
         self.wanted = wanted
         self.config = collections.read_config(wanted.collection)
-        asked = parse(wanted.systems, self.config)
+        asked = parse(wanted.systems, self.config, wanted.variants)
         if wanted.collab.reference is not None:
             self.config.expert_index(wanted.collab.reference)
         self.benchmarks = [
@@ -126,7 +127,12 @@ class _Run:
         if not set(CODE).isdisjoint(wanted.tasks):
             require_isolation(wanted.unsafe)
         sources = Sources(
-            wanted.collection, wanted.out / "models", sft=wanted.sft, finetuned=wanted.finetuned, base=wanted.base
+            wanted.collection,
+            wanted.out / "models",
+            sft=wanted.sft,
+            finetuned=wanted.finetuned,
+            base=wanted.base,
+            variants=wanted.variants,
         )
         self.missing: dict[str, str] = {}
         self.systems = self._found(asked, sources)
@@ -179,8 +185,10 @@ class _Run:
     def plan(self) -> dict[str, Any]:
         """What is asked for, as JSON knows it: all that a report needs beside the stores."""
         wanted, reward = self.wanted, self.reward
+        packaged = wanted.collection.parent == collections.PACKAGED
+        judge = self.judge and judging.describe(self.judge, self.against)
         return {
-            "collection": str(wanted.collection),
+            "collection": wanted.collection.name if packaged else str(wanted.collection),
             "limit": wanted.limit,
             "held_out": wanted.held_out,
             "dtype": wanted.dtype,
@@ -189,7 +197,7 @@ class _Run:
             "reward": None
             if reward is None
             else {
-                "source": reward.source,
+                "source": shown(reward.source, wanted.collection),
                 "systems": self.rewarded,
                 "accuracy": reward.accuracy,
                 "held_out": None if reward.accuracy is None else describe(reward.accuracy),
@@ -197,7 +205,7 @@ class _Run:
             "collab": {**asdict(wanted.collab), "rows": COLLAB_ROWS, "limit": wanted.collab_limit}
             if COLLAB in self.rewarded
             else None,
-            "judge": None if self.judge is None else judging.describe(self.judge, self.against),
+            "judge": judge and judge | {"name": shown(judge["name"], wanted.collection)},
             "experts": self.config.expert_names,
             "tasks": {
                 task.name: {

@@ -93,6 +93,7 @@ def read(folder: Path) -> dict[str, Any]:
             entry["difference"] = _as_dict(difference_of(mine, ours))
     settings = {key: plan[key] for key in ("collection", "limit", "dtype", "base", "batch", "reward")}
     settings |= {key: plan.get(key) for key in ("judge", "collab", "held_out")}
+    settings["weights"] = (plan["systems"].get(OURS, {}).get("identity") or {}).get("weights")
     if settings["collab"]:
         settings["collab"] |= {"cost": _collab_cost(plan, answers)}
     settings["tasks"] = {name: task["settings"] for name, task in plan["tasks"].items()}

@@ -17,6 +17,7 @@ from fusionroute.copying import PROVENANCE
 from fusionroute.errors import FusionRouteError, first_line
 from fusionroute.evaluation.statistics import proportion_of
 from fusionroute.files import read_json
+from fusionroute.placement import best_device
 from fusionroute.progress import Meter, quiet
 
 
@@ -65,7 +66,7 @@ class RewardModel:
         # The answer is at the end, so what is too long loses its beginning.
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model = model.eval()
+        self.model = model.to(best_device()).eval()
         about = (adapter_folder or folder) / REWARD_FILE
         found = read_json(about) if about.is_file() else None
         # Somebody else's file of that name says something else.

@@ -7,7 +7,7 @@ task.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fusionroute import copying, weights
 from fusionroute.baselines.carried import carried, split_adapter
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec
 from fusionroute.errors import UsageError
-from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, MERGES, OURS, SELECTION
+from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, MERGES, OURS, SELECTION, VARIANT
 from fusionroute.files import staged_folder
 from fusionroute.sources import resolve
 
@@ -103,6 +103,7 @@ class Sources:
         sft: the collection after phase 1.
         finetuned: the fine-tuned model, as SOURCE or SOURCE+ADAPTER.
         base: replaces the base that adapters stand on; a merge of whole models is made around it.
+        variants: collections with the same experts, by name: the same router trained otherwise.
     """
 
     collection: Path
@@ -110,10 +111,11 @@ class Sources:
     sft: Path | None = None
     finetuned: str | None = None
     base: str | None = None
+    variants: Mapping[str, Path] = field(default_factory=dict)
 
 
-def every_name(config: FusionRouteConfig) -> list[str]:
-    """The systems that `--system all` means."""
+def every_name(config: FusionRouteConfig, variants: Iterable[str] = ()) -> list[str]:
+    """The systems that `--system all` means, `variants` among them."""
     experts = config.expert_names
     return [
         OURS,
@@ -129,6 +131,7 @@ def every_name(config: FusionRouteConfig) -> list[str]:
         COLLAB,
         *(f"merge:{method}" for method in MERGES),
         FINETUNED,
+        *(f"{VARIANT}{name}" for name in variants),
     ]
 
 
@@ -145,6 +148,8 @@ def find(name: str, sources: Sources) -> System:
         return System(name, sources.collection, {"expert": which, "alpha": 0.0 if kind == "expert" else config.alpha})
     if f"{kind}:" == ALPHA:
         return System(name, sources.collection, {"alpha": _alpha(name, which)}, routed=True)
+    if f"{kind}:" == VARIANT:
+        return System(name, _variant(name, which, sources), routed=True)
     if kind == "merge" and which.partition(":")[0] in MERGES:
         return System(name, _merged(name, which, sources), {"expert": ROUTER})
     policies: dict[str, dict[str, Any]] = {
@@ -176,7 +181,8 @@ def find(name: str, sources: Sources) -> System:
             )
         return System(name, folder, {"expert": ROUTER})
     raise UsageError(
-        f"no system {name!r}: there are {', '.join(every_name(config))}, {ALPHA}VALUE, merge:METHOD:SCALE[:DENSITY]"
+        f"no system {name!r}: there are {', '.join(every_name(config, sources.variants))}, {ALPHA}VALUE, "
+        "merge:METHOD:SCALE[:DENSITY]"
     )
 
 
@@ -188,6 +194,19 @@ def _alpha(name: str, value: str) -> float:
     if not (math.isfinite(alpha) and alpha >= 0):
         raise UsageError(f"system {name!r}: {value!r} is no α; give a number from 0, as in {ALPHA}0.5")
     return alpha
+
+
+def _variant(name: str, which: str, sources: Sources) -> Path:
+    if which not in sources.variants:
+        raise UsageError(f"system {name!r}: which collection is that? Give --variant {which or 'NAME'}=COLLECTION")
+    folder = sources.variants[which]
+    theirs, ours = (collections.read_config(place).expert_names for place in (folder, sources.collection))
+    if theirs != ours:
+        raise UsageError(
+            f"--variant {which}: its experts are {', '.join(theirs)}, the collection's are {', '.join(ours)}; name one "
+            "with the same experts"
+        )
+    return folder
 
 
 def _merged(name: str, which: str, sources: Sources) -> Path:
@@ -244,7 +263,7 @@ def _carried(sources: Sources, name: str) -> Path | None:
         config.set_members(router, experts)
         with staged_folder(out) as scratch:
             copying.copy_tokenizer(sources.collection, scratch)
-            collections.read_generation_config(sources.collection).save_pretrained(scratch)
+            collections.write_generation_config(collections.read_generation_config(sources.collection), scratch)
             config.save_pretrained(scratch)
             (scratch / ROUTER).mkdir()
             names, width = config.expert_names, config.hidden_size
@@ -270,8 +289,8 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def parse(wanted: Sequence[str], config: FusionRouteConfig) -> list[str]:
+def parse(wanted: Sequence[str], config: FusionRouteConfig, variants: Iterable[str] = ()) -> list[str]:
     """Names from `--system`, which may hold several between commas; `all` stands for every one, in their order."""
     names = [name for entry in wanted for name in entry.split(",") if name]
-    expanded = [each for name in names for each in (every_name(config) if name == "all" else [name])]
+    expanded = [each for name in names for each in (every_name(config, variants) if name == "all" else [name])]
     return list(dict.fromkeys(expanded))

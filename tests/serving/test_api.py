@@ -132,14 +132,17 @@ def test_health_and_figures(live: Live) -> None:
 
 def test_memory_goes_back_once_after_work(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     returned: list[bool] = []
+    started: list[Live] = []  # empty while the engine's thread rests for the first time
+    others = set(threading.enumerate())  # other tests' servers rest too
 
     def give() -> None:
-        if threading.current_thread() is live.service.scheduler._thread:  # other tests' servers rest too
-            returned.append(bool(live.engine.active))
+        if threading.current_thread() not in others:
+            returned.append(any(live.engine.active for live in started))
 
     monkeypatch.setattr(scheduler, "REST_SECONDS", 0.05)
     monkeypatch.setattr(scheduler, "return_freed_memory", give)
     live = start()
+    started.append(live)
 
     def rest(before: int) -> None:
         deadline = time.monotonic() + 20
@@ -157,6 +160,20 @@ def test_memory_goes_back_once_after_work(start: Start, monkeypatch: pytest.Monk
             time.sleep(0.5)
             assert len(returned) == after
     assert not any(returned)
+
+
+def test_what_fails_after_a_step_does_not_end_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = start()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no figures")
+
+    with live.http() as http:
+        with monkeypatch.context() as patch:
+            patch.setattr(live.service.scheduler.metrics, "measured", broken)
+            is_error(http.post("/v1/chat/completions", json=ASK), 500)
+        assert http.post("/v1/chat/completions", json=ASK).status_code == 200
+    assert live.idle()
 
 
 def test_refusals_and_drafts_are_counted(start: Start) -> None:
@@ -330,7 +347,7 @@ def test_a_failed_step_is_logged_by_kind_and_place(
     with fragile.http() as http:
         is_error(http.post("/v1/chat/completions", json=ASK), 500)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "fusionroute.serve"]
-    assert re.search(r"MemoryError at test_api\.py:\d+ fail < scheduler\.py:\d+ _step", line)
+    assert re.search(r"MemoryError at test_api\.py:\d+ fail < scheduler\.py:\d+ _advance", line)
     assert "secret" not in caplog.text
 
 

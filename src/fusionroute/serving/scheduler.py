@@ -223,13 +223,15 @@ class Scheduler:
         self.metrics.settled(self.engine)
 
     def _step(self) -> None:
-        started = time.monotonic()
         try:
-            events = self.engine.step()
+            self._advance()
         except BaseException as error:  # a panic of an extension is none of Exception's; nothing else ends this thread
             self._tell("a step failed, and what ran is given up", error)
             self._give_up()
-            return
+
+    def _advance(self) -> None:
+        started = time.monotonic()
+        events = self.engine.step()
         ended = time.monotonic()
         found: dict[Ticket, list[Any]] = {}
         for event in events:

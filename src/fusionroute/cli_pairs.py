@@ -11,26 +11,29 @@ from fusionroute.cli_options import Base, Collection, Dtype, Json, NewTokens, Se
 
 
 def pairs(
-    data: Annotated[
-        Path, typer.Option("--data", help="Folder with gsm8k/train.jsonl, mbpp/train.jsonl and the benchmarks' files.")
-    ],
+    data: Annotated[Path, typer.Option("--data", help="Folder with the training files and the benchmarks'.")],
     out: Annotated[Path, typer.Option(help="File of the pairs; answers are kept beside it.")] = Path("pairs.jsonl"),
     solutions: Annotated[
         Path | None, typer.Option(help="Also write right answers here, as chat rows to train an expert on.")
     ] = None,
     collection: Collection = None,
-    tasks: Annotated[str, typer.Option("--tasks", help="Whose problems, by commas.")] = "gsm8k,mbpp",
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Whose problems, by commas: gsm8k, mbpp, ifeval.")
+    ] = "gsm8k,mbpp",
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems of each task.")] = None,
-    start: Annotated[int | None, typer.Option(min=0, help="First row; 500 of gsm8k's and 0 of mbpp's if none.")] = None,
+    start: Annotated[
+        int | None, typer.Option(min=0, help="First row; 500 of gsm8k's, 0 of mbpp's, 150 of ifeval's if none.")
+    ] = None,
     stop: Annotated[int | None, typer.Option(help="One past the last row.")] = None,
     shuffle_seed: Annotated[
-        int | None, typer.Option(help="Shuffle rows with this seed; 0 for gsm8k, the file's order for mbpp, if none.")
+        int | None, typer.Option(help="Shuffle rows with this seed; 0, and the file's order for mbpp, if none.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 4,
     most: Annotated[int, typer.Option(min=1, help="Pairs of one problem, and solutions, at most.")] = 1,
     reference: Annotated[
         bool, typer.Option("--reference", help="Where no answer is right, the reference solution is.")
     ] = False,
+    expert: Annotated[str | None, typer.Option(help="This expert alone answers; the whole collection if none.")] = None,
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -59,6 +62,7 @@ def pairs(
         samples=samples,
         most=most,
         reference=reference,
+        expert=expert,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

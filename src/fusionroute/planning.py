@@ -16,7 +16,6 @@ from fusionroute.dimensions import Dimensions, find_dimensions
 from fusionroute.errors import UsageError
 from fusionroute.sections import ExpertSection, Recipe, load_recipe
 from fusionroute.training.annotation import BATCH_TOKENS
-from fusionroute.training.formats import PAIRED
 from fusionroute.training.logprobs import CHUNK
 from fusionroute.training.lora import LoraSettings
 from fusionroute.training.rows import DataSpec, load_counted
@@ -125,7 +124,7 @@ class Planner:
 
     def text(self, specs: list[DataSpec], *, paired: bool) -> Text:
         """Those of `specs` that are pairs, or that are not."""
-        parts = [self._text(spec) for spec in specs if (spec.format in PAIRED) == paired]
+        parts = [self._text(spec) for spec in specs if spec.paired == paired]
         return Text(sum(part.rows for part in parts), sum(part.tokens for part in parts), paired)
 
     def _text(self, spec: DataSpec) -> Text:
@@ -138,7 +137,7 @@ class Planner:
         return self._texts[key]
 
     def _measure(self, spec: DataSpec) -> tuple[Text, str]:
-        paired, path = spec.format in PAIRED, Path(spec.path).expanduser()
+        paired, path = spec.paired, Path(spec.path).expanduser()
         # As `find_rows` looks for it: without --data a relative path is nowhere.
         located = self.data is not None or path.is_absolute()
         if spec.split is None and located and ((self.data or Path()) / path).is_file():

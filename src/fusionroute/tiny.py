@@ -151,7 +151,6 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     import yaml
 
     from fusionroute.progress import quiet
-    from fusionroute.training.formats import PAIRED
     from fusionroute.training.rows import DataSpec
 
     folder = folder.resolve()  # the recipe written below is to be read from anywhere
@@ -182,7 +181,7 @@ def shrink_recipe(recipe: "Recipe", folder: Path) -> "tuple[Recipe, Path]":
     def shrink(specs: list[Any]) -> list[Any]:
         small = []
         for number, spec in enumerate(specs):
-            file, kind = ("pairs.jsonl", "preference") if spec.format in PAIRED else ("chat.jsonl", "messages")
+            file, kind = ("pairs.jsonl", "preference") if spec.paired else ("chat.jsonl", "messages")
             start = 6 * (number % 6)
             small.append(
                 DataSpec(format=kind, path=file, domain=spec.domain, start=start, stop=start + 12)  # type: ignore[arg-type]

@@ -76,8 +76,15 @@ def test_what_is_not_worth_checking(text: str, finish: str, reason: str | None) 
     [(1.0, 1.0, "right"), (0.0, 1.0, "right"), (0.0, 0.0, "wrong"), (1.0, 0.0, "unclear")],
 )
 def test_right_is_the_primary_metric_and_wrong_every_metric(strict: float, flexible: float, expected: str) -> None:
-    assert verdict({"strict": strict, "flexible": flexible}, None) == expected
+    assert verdict("gsm8k", {"strict": strict, "flexible": flexible}, None) == expected
+
+
+def test_of_instructions_strict_is_the_primary_metric() -> None:
+    part = {"instruction_strict": 0.5, "instruction_loose": 0.5}
+    assert verdict("ifeval", {"strict": 1.0, "loose": 1.0, **part}, None) == "right"
+    assert verdict("ifeval", {"strict": 0.0, "loose": 1.0, **part}, None) == "unclear"
+    assert verdict("ifeval", {"strict": 0.0, "loose": 0.0, **part}, None) == "wrong"
 
 
 def test_what_could_not_be_scored_is_not_wrong() -> None:
-    assert verdict({"strict": 0.0, "flexible": 0.0}, "no sandbox") == "unscored"
+    assert verdict("mbpp", {"strict": 0.0, "flexible": 0.0}, "no sandbox") == "unscored"

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from fusionroute import collection as collections
 from fusionroute.decoding.engine import Engine
+from fusionroute.decoding.rows import Request
+from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.evaluation.answering import load_engine
 from fusionroute.evaluation.extraction import last_number
 from fusionroute.evaluation.pairs import ROWS, PairSettings, describe, make_pairs
 from fusionroute.recipe import load_recipe
@@ -320,3 +324,35 @@ def test_the_command_says_what_came_of_it(made: tuple[PairSettings, dict[str, An
     assert code == 0
     assert json.loads(out) == summary
     assert describe(summary)[0] in error
+
+
+def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor while we cross the harbour."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(12)]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    solutions = tmp_path / "solutions.jsonl"
+    wanted = settings(folder, tmp_path, tasks=["ifeval"], rows={"start": 0, "stop": 12}, solutions=solutions)
+    found = make_pairs(wanted)["tasks"]["ifeval"]
+    assert found["problems"] == 12
+    assert not found["unusable"]
+    assert not found["with_reference"]
+    for row in read(solutions):
+        request, answer = row["messages"]
+        asked = rows[row["provenance"]["line"] - 1]["instruction"]
+        assert request["content"].startswith(f"{asked}\n\n")
+        assert said not in answer["content"]
+        assert row["provenance"]["answer"]["scores"]["strict"] == 1
+    assert found["solutions"] == len(read(solutions)) > 0
+
+
+def test_an_expert_alone_answers(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS[:1]))
+    wanted = settings(folder, tmp_path, rows={"start": 0, "stop": 1}, samples=2, expert="math")
+    with pytest.raises(FusionRouteError, match="no pair"):
+        make_pairs(wanted)
+    engine, tokenizer = load_engine(folder, None, None)
+    prompt = collections.encode_chat(tokenizer, [{"role": "user", "content": QUESTIONS[0]}])
+    for row in stored(wanted):
+        sampling = Sampling(1.5, seed=row["seed"])
+        (alone,) = engine.generate([Request(prompt, 60, sampling, expert="math", alpha=0.0)])
+        assert row["text"] == alone.text

@@ -151,6 +151,12 @@ def test_every_shape_of_a_pair(tmp_path: Path, format: str, raw: dict[str, Any])
     assert one(tmp_path, format, raw) == PAIR
 
 
+@pytest.mark.parametrize("format", ["ultrafeedback", "preference"])
+def test_the_better_answer_alone_is_a_chat_row(tmp_path: Path, format: str) -> None:
+    raw = {"prompt": "Which?", "chosen": "This.", "rejected": "That."}
+    assert one(tmp_path, format, raw, chosen_only=True) == {"messages": chat("Which?", "This."), "domain": "d"}
+
+
 def test_a_conversation_before_the_pair_stays_in_the_prompt(tmp_path: Path) -> None:
     before = ("Hi", "Hello", "Which?")
     raw = {"chosen": chat(*before, "This.", system="s"), "rejected": chat(*before, "That.", system="s")}
@@ -357,6 +363,7 @@ def test_nothing_to_take_is_an_error(tmp_path: Path, start: int, answer: str, co
         ({"start": -1}, "start: Input should be greater"),
         ({"start": 5, "stop": 5}, "stop (5) must be greater than start (5)"),
         ({"python_only": True}, "python_only goes with format gpteacher"),
+        ({"chosen_only": True}, "chosen_only goes with preference formats, not gsm8k"),
         ({"revision": "main"}, "name its split"),
     ],
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 from fusionroute.training.overlap import BenchmarkIndex
 
-PRIMARY = "flexible"  # the metric of both scorers that their task files call primary
+# The metrics of an answer as a whole; the first is the one its task file calls primary.
+METRICS = {"gsm8k": ("flexible", "strict"), "mbpp": ("flexible", "strict"), "ifeval": ("strict", "loose")}
 RIGHT, WRONG = "right", "wrong"
 
 
@@ -65,10 +66,11 @@ def unfit(text: str, finish: str, index: BenchmarkIndex) -> str | None:
     return None if index.overlaps({"text": text}) is None else "overlapping"
 
 
-def verdict(scores: Mapping[str, float], unscored: str | None) -> str:
+def verdict(task: str, scores: Mapping[str, float], unscored: str | None) -> str:
     """`right` is what the primary metric says, `wrong` what every metric says; what is neither is not used."""
     if unscored is not None:
         return "unscored"
-    if scores[PRIMARY] == 1:
+    primary, other = (scores[metric] for metric in METRICS[task])
+    if primary == 1:
         return RIGHT
-    return "unclear" if any(scores.values()) else WRONG
+    return "unclear" if primary or other else WRONG

@@ -8,6 +8,7 @@ scorers; knows nothing of losses.
 
 import json
 import platform
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +20,26 @@ from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.benchmarks import TASK_FILES, checked
 from fusionroute.evaluation.execution import Limits, require_isolation
+from fusionroute.evaluation.instructions import instructed
+from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
-from fusionroute.evaluation.scoring import SCORERS
+from fusionroute.evaluation.scoring import SCORERS, find_nltk_data, known_instructions
 from fusionroute.evaluation.store import Store, key_of
-from fusionroute.evaluation.systems import System
+from fusionroute.evaluation.systems import Sources, find
 from fusionroute.files import staged_file
 from fusionroute.training.overlap import BenchmarkIndex, benchmark_files, drop_overlapping
 from fusionroute.training.rows import DataSpec, find_rows, parse_spec
 
 T = TypeVar("T")
 
-# The recipes hold the first 500 of the shuffled GSM8K rows out.
+# The recipes hold the first 500 of the shuffled GSM8K rows out, and the first 150 of the roleplay rows.
 ROWS: Mapping[str, DataSpec] = {
     "gsm8k": DataSpec(format="gsm8k", path="gsm8k/train.jsonl", domain="math", shuffle_seed=0, start=500),
     "mbpp": DataSpec(format="mbpp", path="mbpp/train.jsonl", domain="code"),
+    # Requests that instructions are added to.
+    "ifeval": DataSpec(
+        format="gpteacher", path="gpteacher/roleplay.jsonl", domain="general", shuffle_seed=0, start=150
+    ),
 }
 
 
@@ -43,13 +50,14 @@ class PairSettings:
     Attributes:
         out: the file of pairs; `NAME.samples.jsonl` beside it keeps answers and verdicts.
         solutions: a file for right answers too, as chat rows: an expert can be trained on what it solved itself.
-        data: folder with `gsm8k/train.jsonl`, `mbpp/train.jsonl`, and the test files that nothing may share text with.
+        data: folder with the files of `ROWS`, and the test files that nothing may share text with.
         tasks: of `ROWS`.
         rows: fields of `DataSpec` that replace those in `ROWS` for every task: `start`, `stop`, `shuffle_seed`.
         limit: problems of each task, the first from `start` on; None is all.
         samples: answers to each problem.
         most: pairs, and solutions, of one problem.
         reference: where no sample is right, the reference solution stands in.
+        expert: who answers, alone; None is the collection as it is.
         seed: an answer's own seed is drawn from it, the prompt and the answer's number.
         batch: answers written together.
         unsafe: run model-written code where nothing isolates it.
@@ -58,12 +66,13 @@ class PairSettings:
     collection: Path
     out: Path
     data: Path
-    tasks: Sequence[str] = tuple(ROWS)
+    tasks: Sequence[str] = ("gsm8k", "mbpp")
     rows: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     samples: int = 4
     most: int = 1
     reference: bool = False
+    expert: str | None = None
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
@@ -91,8 +100,8 @@ class Problem:
 
     Attributes:
         source, line: where its row stands.
-        prompt: the messages, as in the training rows of its format.
-        reference: the training row's answer.
+        prompt: the messages, as in the training rows of its format; with instructions after the last for `ifeval`.
+        reference: the training row's answer; None for `ifeval`, whose instructions it was not written to.
         fields: what the scorer compares with; empty if it can compare with nothing.
     """
 
@@ -101,7 +110,7 @@ class Problem:
     line: int
     domain: str
     prompt: list[dict[str, str]]
-    reference: str
+    reference: str | None
     fields: dict[str, Any]
 
     @property
@@ -128,11 +137,11 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
     counts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
     verdicts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
     problems = [problem for task in wanted.tasks for problem in maker.problems(task, counts[task])]
-    usable = []
+    usable: list[tuple[Problem, Candidate | None]] = []
     for problem in _with_progress("checking references", problems):
         reference = maker.reference(problem)
         # A checker that finds the reference wrong says nothing about other answers.
-        if reference.verdict == RIGHT:
+        if reference is None or reference.verdict == RIGHT:
             usable.append((problem, reference))
         else:
             counts[problem.task]["unusable"] += 1
@@ -148,7 +157,7 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
         solved = distinct(rights)[: wanted.most]
         count["solutions"] += len(solved)
         solutions += [maker.solution(problem, answer) for answer in solved]
-        if not rights and wanted.reference:
+        if not rights and wanted.reference and reference is not None:
             rights = [reference]
         for chosen, rejected in pair_up(rights, wrongs, wanted.most):
             count["pairs"] += 1
@@ -231,11 +240,15 @@ class _Maker:
     def __init__(self, wanted: PairSettings) -> None:
         self.wanted = wanted
         config = collections.read_config(wanted.collection)
-        self.identity = System("fusionroute", wanted.collection).identity(config, wanted.base)
+        name = OURS if wanted.expert is None else f"expert:{wanted.expert}"
+        self.system = find(name, Sources(wanted.collection, work=wanted.out.parent))
+        self.identity = self.system.identity(config, wanted.base)
         self.store = Store(wanted.samples_file)
         files = benchmark_files(wanted.data)
         if not files:
             print(f"no benchmark test files under {wanted.data}: nothing to compare problems with", file=sys.stderr)
+        if "ifeval" in wanted.tasks:
+            find_nltk_data(wanted.data / "nltk_data")
         self.index = BenchmarkIndex.from_files(files)
 
     def problems(self, task: str, count: Counter[str]) -> list[Problem]:
@@ -248,11 +261,21 @@ class _Maker:
         overlapping = {place for place, _ in drop_overlapping([each.row for each in found], self.index)[1]}
         problems = []
         for place, (line, raw, row) in enumerate(found):
-            if place not in overlapping:
-                fields, defect = checked(task, raw)
-                *prompt, answer = row["messages"]
-                fields = {} if defect else fields
-                problems.append(Problem(task, spec.path, line, spec.domain, prompt, answer["content"], fields))
+            if place in overlapping:
+                continue
+            *prompt, answer = row["messages"]
+            reference: str | None = answer["content"]
+            if task == "ifeval":
+                chance = random.Random(f"{self.wanted.seed} {spec.path}:{line}")
+                made = instructed(prompt[-1]["content"], answer["content"], chance, known_instructions())
+                if made is None:
+                    ill_formed += 1
+                    continue
+                raw, reference = made, None
+                prompt = [*prompt[:-1], {"role": "user", "content": made["prompt"]}]
+            fields, defect = checked(task, raw)
+            fields = {} if defect else fields
+            problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, fields))
         count.update(ill_formed=ill_formed, overlapping=len(overlapping), problems=len(problems))
         return problems
 
@@ -280,6 +303,7 @@ class _Maker:
                     collections.encode_chat(tokenizer, problem.prompt),
                     wanted.max_new_tokens,
                     Sampling(wanted.temperature, top_p=wanted.top_p, seed=seed),
+                    **self.system.policy,
                 ),
             )
             for key, (problem, seed) in todo.items()
@@ -299,8 +323,10 @@ class _Maker:
         seed = int(key_of("seed", self.wanted.seed, problem.prompt, number)[:8], 16)
         return key_of("answer", self.identity, problem.prompt, self.wanted.sampling(), seed), seed
 
-    def reference(self, problem: Problem) -> Candidate:
-        """The reference solution with what the checker says of it."""
+    def reference(self, problem: Problem) -> Candidate | None:
+        """The reference solution, if there is one, with what the checker says of it."""
+        if problem.reference is None:
+            return None
         if not problem.fields:
             return Candidate(problem.reference, "unscored", {})
         return self._candidate(problem, problem.reference, "stop")
@@ -322,7 +348,7 @@ class _Maker:
         if reason is not None:
             return Candidate(text, reason, {}, **drawn)
         score = self._score(problem, text)
-        return Candidate(text, verdict(score["scores"], score["unscored"]), score["scores"], **drawn)
+        return Candidate(text, verdict(problem.task, score["scores"], score["unscored"]), score["scores"], **drawn)
 
     def _score(self, problem: Problem, text: str) -> dict[str, Any]:
         """The stored score of an answer, else a new one; one that could not be scored is tried again."""

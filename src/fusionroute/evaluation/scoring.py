@@ -164,6 +164,16 @@ def ifeval(row: Row, answer: str, *, unsafe: bool = False) -> Score:
     return Score(scores, extracted=answer, weights=weights)
 
 
+def known_instructions() -> Mapping[str, Any]:
+    """By lm-eval's name of a kind of IFEval's instructions: the kinds that cannot stand beside it.
+
+    Raises:
+        FusionRouteError: a package the checkers need is not installed.
+    """
+    found: Mapping[str, Any] = _checkers().instructions_registry.INSTRUCTION_CONFLICTS
+    return found
+
+
 def _ifeval_problem(row: Row, known: Mapping[str, Any]) -> str | None:
     for name, given in zip(row["instruction_id_list"], row["kwargs"], strict=True):
         if name not in known:

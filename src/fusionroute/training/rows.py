@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, NamedTuple, cast
 import pydantic
 
 from fusionroute.errors import FusionRouteError
-from fusionroute.training.formats import ADAPTERS, FieldError, Row, gpteacher_python
+from fusionroute.training.formats import ADAPTERS, PAIRED, FieldError, Row, gpteacher_python
 
 # fmt: off
 Format = Literal[
@@ -40,6 +40,7 @@ class DataSpec(pydantic.BaseModel, extra="forbid"):
         stop: one past the last row taken; without it, all.
         shuffle_seed: shuffle with this seed; without it, the file's order.
         python_only: of a `gpteacher` file, only the rows that are answered with Python code.
+        chosen_only: of preference rows the better answer alone, as chat rows.
     """
 
     format: Format
@@ -51,6 +52,12 @@ class DataSpec(pydantic.BaseModel, extra="forbid"):
     stop: int | None = None
     shuffle_seed: int | None = None
     python_only: bool = False
+    chosen_only: bool = False
+
+    @property
+    def paired(self) -> bool:
+        """Whether it gives preference rows; else chat rows."""
+        return self.format in PAIRED and not self.chosen_only
 
     @pydantic.model_validator(mode="after")
     def _nothing_without_effect(self) -> "DataSpec":
@@ -58,6 +65,8 @@ class DataSpec(pydantic.BaseModel, extra="forbid"):
             raise ValueError(f"stop ({self.stop}) must be greater than start ({self.start})")
         if self.python_only and self.format != "gpteacher":
             raise ValueError(f"python_only goes with format gpteacher, not {self.format}")
+        if self.chosen_only and self.format not in PAIRED:
+            raise ValueError(f"chosen_only goes with preference formats, not {self.format}: {', '.join(PAIRED)}")
         if self.revision is not None and self.split is None:
             raise ValueError("revision goes with a Hub data set: name its split too")
         return self
@@ -186,6 +195,8 @@ def find_rows(spec: DataSpec, data_dir: Path | None) -> tuple[list[Found], int]:
         if row is None:
             dropped += 1
         else:
+            if spec.chosen_only:
+                row = {"messages": row["prompt"] + row["chosen"]}
             rows.append(Found(numbers[index], raw[index], row | {"domain": spec.domain}))
     if len(rows) <= spec.start:
         found = f"{len(raw)} read as {spec.format!r}, {dropped} dropped, {len(rows)} left"

@@ -86,13 +86,20 @@ def choices(fused: Tensor, experts: Tensor, routers: Tensor, tokens: Tensor) -> 
         fused, experts, routers: logits `[K, V]` of Eq. 1 and of its two terms.
         tokens: the emitted ids `[K]`.
     """
-    experts = experts.float()
     at = tokens.unsqueeze(-1)
-    gaps = (fused.gather(-1, at) - experts.gather(-1, at)).squeeze(-1) - fused.logsumexp(-1) + experts.logsumexp(-1)
-    columns = [logits.argmax(dim=-1).tolist() for logits in (experts, routers, fused)]
+    if fused is experts:
+        gaps = [0.0] * len(tokens)
+    else:
+        own = experts.float()
+        gap = fused.gather(-1, at) - own.gather(-1, at)
+        gaps = (gap.squeeze(-1) - fused.logsumexp(-1) + own.logsumexp(-1)).tolist()
+    # Where the router is left out one tensor may stand for another; V may be 150,000.
+    sides = (experts, routers, fused)
+    best = {id(logits): logits.argmax(dim=-1).tolist() for logits in {id(side): side for side in sides}.values()}
+    columns = [best[id(logits)] for logits in sides]
     return [
         {"expert_choice": e, "router_choice": r, "fused_choice": f, "overruled": f != e, "gap": gap}
-        for e, r, f, gap in zip(*columns, gaps.tolist(), strict=True)
+        for e, r, f, gap in zip(*columns, gaps, strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusionroute.decoding.sampling import Sampling, adjust, draw, gumbel
+from fusionroute.decoding.sampling import Sampling, adjust, draw, gumbel, noisy_argmax
 from fusionroute.errors import UsageError
 
 SIZE = 12
@@ -365,3 +365,28 @@ def test_next_to_no_temperature_takes_the_likeliest(temperature: float) -> None:
 def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
     with pytest.raises(UsageError, match=f"temperature must be at least 0 and finite, not {temperature}"):
         Sampling(temperature)
+
+
+@given(
+    seed=st.integers(0, 2**63),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 5.0, 40.0, 1e9]),
+    left_out=st.sampled_from([0.0, 0.5, 0.999]),
+    position=st.integers(0, 5000),
+)
+@settings(max_examples=300, deadline=None)
+def test_noise_is_worked_out_wherever_it_matters(seed: int, spread: float, left_out: float, position: int) -> None:
+    generator = torch.Generator().manual_seed(position)
+    logits = torch.randn(4000, generator=generator) * spread
+    logits[torch.rand(4000, generator=generator) < left_out] = -math.inf
+    expected = int((logits + gumbel(seed, position, 4000)).argmax())
+    assert noisy_argmax(logits, seed, position) == expected
+
+
+def test_loud_noise_may_lift_any_token() -> None:
+    noise = gumbel(0, 0, 100_000)
+    loudest = int(noise.argmax())
+    logits = torch.zeros(100_000)
+    logits[0] = float(noise[loudest] - noise[0]) - 0.01
+    assert noisy_argmax(logits, 0, 0) == loudest
+    logits[0] += 0.02
+    assert noisy_argmax(logits, 0, 0) == 0

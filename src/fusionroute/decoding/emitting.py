@@ -30,9 +30,12 @@ def emit(drawn: Sequence[Drawn], fused: Tensor, experts: Tensor, routers: Tensor
     """
     if not drawn:
         return
-    places = torch.tensor([each.where for each in drawn], device=fused.device)
     tokens = torch.tensor([each.token for each in drawn], device=fused.device)
-    choices = fusion.choices(fused[places], experts[places], routers[places], tokens)
+    if len(drawn) == len(fused):  # they stand as they were drawn
+        choices = fusion.choices(fused, experts, routers, tokens)
+    else:
+        places = torch.tensor([each.where for each in drawn], device=fused.device)
+        choices = fusion.choices(fused[places], experts[places], routers[places], tokens)
     for (block, position, where, token), choice in zip(drawn, choices, strict=True):
         row, event = block.row, block.event
         if event.finish is not None:

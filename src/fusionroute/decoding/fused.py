@@ -38,7 +38,9 @@ def fused_logits(members: Members, spans: Sequence[Span]) -> tuple[Tensor, Tenso
         experts.append(expert)
         routers.append(expert if router is None else router)
         weights += [0.0 if router is None else block.row.alpha] * (upto - start)
-    expert_logits, router_logits = torch.cat(experts), torch.cat(routers)
+    expert_logits = torch.cat(experts).float()
+    alone = all(block.router is None for block, _, _ in spans)
+    router_logits = expert_logits if alone else torch.cat(routers)
     same = len(set(weights)) == 1
     alpha = weights[0] if same else torch.tensor(weights, device=expert_logits.device).unsqueeze(-1)
     return fusion.fuse(router_logits, expert_logits, alpha), expert_logits, router_logits

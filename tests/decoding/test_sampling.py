@@ -235,6 +235,18 @@ def test_greedy_is_when_nothing_but_the_arg_max_counts(other: dict[str, Any], gr
     assert Sampling(**other).greedy is greedy
 
 
+@given(st.integers(0, 1000), st.sampled_from([0.0, 1.0, 3.0, 10.0]), st.sampled_from([1e-9, 0.3, 0.9, 0.999]))
+@settings(deadline=None, max_examples=40)
+def test_of_many_tokens_the_likeliest_reach_top_p(seed: int, spread: float, top_p: float) -> None:
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(seed)) * spread
+    inside = adjust(logits, Sampling(1.0, top_p=top_p), [], 0, []).isfinite()
+    probabilities = logits.double().softmax(-1)
+    count = int(inside.sum())
+    assert probabilities[inside].min() >= probabilities[~inside].max()
+    assert float(probabilities[inside].sum()) >= top_p - 1e-5
+    assert count == 1 or float(probabilities[inside].sum() - probabilities[inside].min()) < top_p + 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------- noise
 
 

@@ -22,7 +22,8 @@ from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.answering import load_engine
 from fusionroute.evaluation.extraction import last_number
-from fusionroute.evaluation.pairs import ROWS, PairSettings, describe, make_pairs
+from fusionroute.evaluation.pairs import PairSettings, describe, make_pairs
+from fusionroute.evaluation.problems import ROWS
 from fusionroute.recipe import load_recipe
 from fusionroute.training.rows import find_rows, load_rows, parse_spec
 

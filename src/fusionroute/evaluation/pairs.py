@@ -8,7 +8,6 @@ scorers; knows nothing of losses.
 
 import json
 import platform
-import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,29 +17,19 @@ from typing import Any, TypeVar
 
 from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
-from fusionroute.evaluation.benchmarks import TASK_FILES, checked
+from fusionroute.evaluation.benchmarks import TASK_FILES
 from fusionroute.evaluation.execution import Limits, require_isolation
-from fusionroute.evaluation.instructions import instructed
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
-from fusionroute.evaluation.scoring import SCORERS, find_nltk_data, known_instructions
+from fusionroute.evaluation.problems import ROWS, Problem, find_problems
+from fusionroute.evaluation.scoring import SCORERS, find_nltk_data
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import Sources, find
 from fusionroute.files import staged_file
-from fusionroute.training.overlap import BenchmarkIndex, benchmark_files, drop_overlapping
-from fusionroute.training.rows import DataSpec, find_rows, parse_spec
+from fusionroute.training.overlap import BenchmarkIndex, benchmark_files
+from fusionroute.training.rows import parse_spec
 
 T = TypeVar("T")
-
-# The recipes hold the first 500 of the shuffled GSM8K rows out, and the first 150 of the roleplay rows.
-ROWS: Mapping[str, DataSpec] = {
-    "gsm8k": DataSpec(format="gsm8k", path="gsm8k/train.jsonl", domain="math", shuffle_seed=0, start=500),
-    "mbpp": DataSpec(format="mbpp", path="mbpp/train.jsonl", domain="code"),
-    # Requests that instructions are added to.
-    "ifeval": DataSpec(
-        format="gpteacher", path="gpteacher/roleplay.jsonl", domain="general", shuffle_seed=0, start=150
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -92,30 +81,6 @@ class PairSettings:
         """What an answer depends on beside weights, prompt and seed."""
         names = ("temperature", "top_p", "max_new_tokens", "dtype")
         return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A training problem.
-
-    Attributes:
-        source, line: where its row stands.
-        prompt: the messages, as in the training rows of its format; with instructions after the last for `ifeval`.
-        reference: the training row's answer; None for `ifeval`, whose instructions it was not written to.
-        fields: what the scorer compares with; empty if it can compare with nothing.
-    """
-
-    task: str
-    source: str
-    line: int
-    domain: str
-    prompt: list[dict[str, str]]
-    reference: str | None
-    fields: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.source}:{self.line}"
 
 
 def make_pairs(wanted: PairSettings) -> dict[str, Any]:
@@ -252,32 +217,15 @@ class _Maker:
         self.index = BenchmarkIndex.from_files(files)
 
     def problems(self, task: str, count: Counter[str]) -> list[Problem]:
-        """The problems asked for, without those that share text with a test item; counts these and what was no row."""
-        spec = parse_spec({**ROWS[task].model_dump(), **self.wanted.rows})
-        if self.wanted.limit is not None:
-            last = spec.start + self.wanted.limit
+        """The problems asked for, and what was left out added to `count`."""
+        wanted = self.wanted
+        spec = parse_spec({**ROWS[task].model_dump(), **wanted.rows})
+        if wanted.limit is not None:
+            last = spec.start + wanted.limit
             spec = spec.model_copy(update={"stop": last if spec.stop is None else min(last, spec.stop)})
-        found, ill_formed = find_rows(spec, self.wanted.data)
-        overlapping = {place for place, _ in drop_overlapping([each.row for each in found], self.index)[1]}
-        problems = []
-        for place, (line, raw, row) in enumerate(found):
-            if place in overlapping:
-                continue
-            *prompt, answer = row["messages"]
-            reference: str | None = answer["content"]
-            if task == "ifeval":
-                chance = random.Random(f"{self.wanted.seed} {spec.path}:{line}")
-                made = instructed(prompt[-1]["content"], answer["content"], chance, known_instructions())
-                if made is None:
-                    ill_formed += 1
-                    continue
-                raw, reference = made, None
-                prompt = [*prompt[:-1], {"role": "user", "content": made["prompt"]}]
-            fields, defect = checked(task, raw)
-            fields = {} if defect else fields
-            problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, fields))
-        count.update(ill_formed=ill_formed, overlapping=len(overlapping), problems=len(problems))
-        return problems
+        found, left_out = find_problems(task, spec, wanted.data, self.index, seed=wanted.seed)
+        count.update(left_out, problems=len(found))
+        return found
 
     def sample(self, problems: Sequence[Problem]) -> None:
         """Write the answers that are missing; one that fails is tried again by the next run."""

@@ -34,6 +34,9 @@ def pairs(
         bool, typer.Option("--reference", help="Where no answer is right, the reference solution is.")
     ] = False,
     expert: Annotated[str | None, typer.Option(help="This expert alone answers; the whole collection if none.")] = None,
+    hint: Annotated[
+        bool, typer.Option("--hint", help="Show the reference solution to who answers, and not in what is written.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -63,6 +66,7 @@ def pairs(
         most=most,
         reference=reference,
         expert=expert,
+        hint=hint,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

@@ -22,8 +22,9 @@ from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.answering import load_engine
 from fusionroute.evaluation.extraction import last_number
-from fusionroute.evaluation.pairs import PairSettings, describe, make_pairs
-from fusionroute.evaluation.problems import ROWS
+from fusionroute.evaluation.pairing import Candidate
+from fusionroute.evaluation.pairs import PairSettings, _Maker, describe, make_pairs
+from fusionroute.evaluation.problems import HINTED, ROWS, Problem
 from fusionroute.recipe import load_recipe
 from fusionroute.training.rows import find_rows, load_rows, parse_spec
 
@@ -357,3 +358,28 @@ def test_an_expert_alone_answers(folder: Path, tmp_path: Path) -> None:
         sampling = Sampling(1.5, seed=row["seed"])
         (alone,) = engine.generate([Request(prompt, 60, sampling, expert="math", alpha=0.0)])
         assert row["text"] == alone.text
+
+
+def test_the_hint_is_shown_and_not_written(folder: Path, tmp_path: Path, made: tuple[PairSettings, Any]) -> None:
+    rows = read(made[0].data / "gsm8k" / "train.jsonl")
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", rows)
+    wanted = settings(folder, tmp_path, hint=True, solutions=tmp_path / "solved.jsonl", samples=2)
+    with pytest.raises(FusionRouteError, match="no pair"):
+        make_pairs(wanted)
+    engine, tokenizer = load_engine(folder, None, None)
+    for row in stored(wanted):
+        at = int(row["problem"].rpartition(":")[2]) - 1
+        shown = HINTED.format(problem=QUESTIONS[at], solution=rows[at]["answer"])
+        prompt = collections.encode_chat(tokenizer, [{"role": "user", "content": shown}])
+        (alone,) = engine.generate([Request(prompt, 60, Sampling(1.5, seed=row["seed"]))])
+        assert row["text"] == alone.text
+    problem = Problem("gsm8k", "a.jsonl", 1, "math", [{"role": "user", "content": QUESTIONS[0]}], "It is 4.", {})
+    solution = {"role": "assistant", "content": "It is 3."}
+    found = _Maker(wanted).solution(problem, Candidate(solution["content"], "right", {}, 0, 0))
+    assert found["messages"] == [{"role": "user", "content": QUESTIONS[0]}, solution]
+    assert found["provenance"]["sampling"]["hint"] is True
+
+
+def test_instructions_have_no_reference_to_hint_at(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no reference solutions to hint at"):
+        make_pairs(settings(folder, tmp_path, tasks=["ifeval"], hint=True))

@@ -47,6 +47,8 @@ class PairSettings:
         most: pairs, and solutions, of one problem.
         reference: where no sample is right, the reference solution stands in.
         expert: who answers, alone; None is the collection as it is.
+        hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
+            al., STaR, arXiv 2203.14465).
         seed: an answer's own seed is drawn from it, the prompt and the answer's number.
         batch: answers written together.
         unsafe: run model-written code where nothing isolates it.
@@ -62,6 +64,7 @@ class PairSettings:
     most: int = 1
     reference: bool = False
     expert: str | None = None
+    hint: bool = False
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
@@ -79,7 +82,7 @@ class PairSettings:
 
     def sampling(self) -> dict[str, Any]:
         """What an answer depends on beside weights, prompt and seed."""
-        names = ("temperature", "top_p", "max_new_tokens", "dtype")
+        names = ("temperature", "top_p", "max_new_tokens", "dtype", *(["hint"] if self.hint else []))
         return {name: getattr(self, name) for name in names}
 
 
@@ -195,6 +198,8 @@ def _check(wanted: PairSettings) -> None:
     Sampling(wanted.temperature, top_p=wanted.top_p)
     if wanted.temperature == 0:
         raise UsageError("temperature must be above 0: greedy answers are all the same")
+    if wanted.hint and "ifeval" in wanted.tasks:
+        raise UsageError("ifeval has no reference solutions to hint at: leave it out, or --hint")
     if "mbpp" in wanted.tasks:
         require_isolation(wanted.unsafe)
 
@@ -248,7 +253,7 @@ class _Maker:
             (
                 key,
                 Request(
-                    collections.encode_chat(tokenizer, problem.prompt),
+                    collections.encode_chat(tokenizer, problem.hinted() if wanted.hint else problem.prompt),
                     wanted.max_new_tokens,
                     Sampling(wanted.temperature, top_p=wanted.top_p, seed=seed),
                     **self.system.policy,

@@ -23,6 +23,15 @@ ROWS: Mapping[str, DataSpec] = {
 }
 
 
+HINTED = """{problem}
+
+This is known to be right:
+{solution}
+
+Solve the problem yourself, step by step and in your own words, as if you had not seen that, and come to the same \
+result."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A training problem.
@@ -45,6 +54,11 @@ class Problem:
     @property
     def name(self) -> str:
         return f"{self.source}:{self.line}"
+
+    def hinted(self) -> list[dict[str, str]]:
+        """The messages with the reference solution shown."""
+        *before, last = self.prompt
+        return [*before, {**last, "content": HINTED.format(problem=last["content"], solution=self.reference)}]
 
 
 def find_problems(

@@ -407,12 +407,14 @@ def test_leaving_a_daemon_behind(caged: Runner, free: Runner, tmp_path: Path) ->
     source = f"""
         import os, time
         def detach():
-            if os.fork() == 0:
+            child = os.fork()
+            if child == 0:
                 os.setsid()
                 if os.fork() == 0:
                     time.sleep(0.5)
                     open({str(sign)!r}, "w").close()
                 os._exit(0)
+            os.waitpid(child, 0)  # else what follows the program's end may come before the new session
         detach()
     """
     assert free(source).passed

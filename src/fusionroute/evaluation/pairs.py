@@ -22,7 +22,7 @@ from fusionroute.evaluation.execution import Limits, require_isolation
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
 from fusionroute.evaluation.problems import ROWS, Problem, find_problems
-from fusionroute.evaluation.scoring import SCORERS, find_nltk_data
+from fusionroute.evaluation.scoring import SCORERS, find_nltk_data, known_instructions
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import Sources, find
 from fusionroute.files import staged_file
@@ -218,6 +218,7 @@ class _Maker:
         if not files:
             print(f"no benchmark test files under {wanted.data}: nothing to compare problems with", file=sys.stderr)
         if "ifeval" in wanted.tasks:
+            known_instructions()  # says which package is missing, if one is
             find_nltk_data(wanted.data / "nltk_data")
         self.index = BenchmarkIndex.from_files(files)
 
@@ -253,7 +254,7 @@ class _Maker:
             (
                 key,
                 Request(
-                    collections.encode_chat(tokenizer, problem.hinted() if wanted.hint else problem.prompt),
+                    collections.encode_chat(tokenizer, self._asked(problem)),
                     wanted.max_new_tokens,
                     Sampling(wanted.temperature, top_p=wanted.top_p, seed=seed),
                     **self.system.policy,
@@ -274,7 +275,10 @@ class _Maker:
     def _draw(self, problem: Problem, number: int) -> tuple[str, int]:
         """Key and seed of an answer."""
         seed = int(key_of("seed", self.wanted.seed, problem.prompt, number)[:8], 16)
-        return key_of("answer", self.identity, problem.prompt, self.wanted.sampling(), seed), seed
+        return key_of("answer", self.identity, self._asked(problem), self.wanted.sampling(), seed), seed
+
+    def _asked(self, problem: Problem) -> list[dict[str, str]]:
+        return problem.hinted() if self.wanted.hint else problem.prompt
 
     def reference(self, problem: Problem) -> Candidate | None:
         """The reference solution, if there is one, with what the checker says of it."""

@@ -22,7 +22,6 @@ ROWS: Mapping[str, DataSpec] = {
     ),
 }
 
-
 HINTED = """{problem}
 
 This is known to be right:

@@ -253,6 +253,17 @@ def test_a_pair_in_two_places_is_refused_before_anything_runs(
     assert not (tmp_path / "run" / "stages").exists()
 
 
+@pytest.mark.parametrize("where", ["expert", "sft", "cdpo"])
+def test_answers_that_the_judge_prefers_are_taught_to_nobody(where: str, tmp_path: Path) -> None:
+    small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    assert small.cdpo is not None
+    data = {"expert": small.experts[-1].data, "sft": small.sft.data, "cdpo": small.cdpo.data}[where]
+    judge = next(reward for reward in small.rewards if reward.name == "judge")
+    data.append(judge.data[0].model_copy(update={"chosen_only": True}))
+    with pytest.raises(UsageError, match=r"rows with chosen_only and data of reward model judge share \d+ pairs"):
+        recipe.Run(small, tmp_path / "run", folder).run()
+
+
 def test_a_pair_turned_around_is_the_same_pair(tmp_path: Path) -> None:
     small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "reward-pairs.jsonl").read_text().splitlines()]

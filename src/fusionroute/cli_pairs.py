@@ -28,6 +28,9 @@ def pairs(
     shuffle_seed: Annotated[
         int | None, typer.Option(help="Shuffle rows with this seed; 0, and the file's order for mbpp, if none.")
     ] = None,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Also problems that the recipes hold out of training.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 4,
     most: Annotated[int, typer.Option(min=1, help="Pairs of one problem, and solutions, at most.")] = 1,
     reference: Annotated[
@@ -64,6 +67,7 @@ def pairs(
         limit=limit,
         samples=samples,
         most=most,
+        all_rows=all_rows,
         reference=reference,
         expert=expert,
         hint=hint,
@@ -78,6 +82,7 @@ def pairs(
     )
     summary = make_pairs(wanted)
     print("\n".join(describe(summary)), file=sys.stderr)
-    print(json.dumps(summary) if as_json else f"{out}: {summary['pairs']} pairs")
+    count = summary["pairs"]
+    print(json.dumps(summary) if as_json else f"{out}: {count} pairs" if count else f"no pairs, and no {out}")
     if solutions is not None and not as_json:
         print(f"{solutions}: {sum(found['solutions'] for found in summary['tasks'].values())} solutions")

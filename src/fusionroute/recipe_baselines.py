@@ -15,7 +15,7 @@ from fusionroute.errors import UsageError
 from fusionroute.files import write_json
 from fusionroute.recipe import Run, digest_rows, say
 from fusionroute.router import HEAD_FILE
-from fusionroute.sections import RewardSection
+from fusionroute.sections import Recipe, RewardSection
 from fusionroute.training.rows import DataSpec
 
 # Reward models by what they are for: the folders in `baselines/` are named by what `evaluate` calls them.
@@ -25,8 +25,9 @@ _CARRIED_AS = {"selection": "reward", "judge": "judge"}
 def check_baselines(run: Run) -> None:
     """Refuse what cannot be trained, and a pair in two of: CDPO's data, the reward models', what is held out for these.
 
-    A reward model that knows the pairs a router or another reward model was trained on does not judge independently.
-    Held-out pairs may be shared among themselves.
+    A reward model that knows the pairs a router or another reward model was trained on does not judge independently;
+    nor does one that prefers the very answers which experts or the router were taught (`chosen_only`). Held-out pairs
+    may be shared among themselves.
 
     Raises:
         UsageError: names both places and the first pair; or what is missing.
@@ -42,6 +43,8 @@ def check_baselines(run: Run) -> None:
     held: dict[str, dict[str, dict]] = {}
     if run.recipe.rewards and run.recipe.cdpo is not None:
         trained["cdpo.data"] = _by_content(run.rows(run.recipe.cdpo.data, "router cdpo"))
+    if run.recipe.rewards and (taught := _taught(run.recipe)):
+        trained["rows with chosen_only"] = _by_content(run.rows(taught, "pairs whose better answer is taught"))
     for section in run.recipe.rewards:
         what = f"reward model {section.name}"
         trained[f"data of {what}"] = _by_content(run.rows(section.data, what))
@@ -54,6 +57,13 @@ def check_baselines(run: Run) -> None:
                 f"{one} and {other} share {len(shared)} pairs, such as {shared[0]['prompt'][-1]['content'][:60]!r}: "
                 "move start or stop in the recipe"
             )
+
+
+def _taught(recipe: Recipe) -> list[DataSpec]:
+    """The pairs whose better answers are trained on as chat rows."""
+    phases = [phase.data for phase in (recipe.sft, recipe.cdpo) if phase is not None]
+    specs = [spec for data in (*(expert.data for expert in recipe.experts), *phases) for spec in data]
+    return [spec.model_copy(update={"chosen_only": False}) for spec in specs if spec.chosen_only]
 
 
 def _heldout(run: Run, section: RewardSection) -> list[tuple[DataSpec, list[dict]]]:

@@ -11,6 +11,8 @@ import pytest
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation import benchmarks, scoring
 from fusionroute.evaluation.benchmarks import NAMES, load_task
+from fusionroute.evaluation.problems import ROWS, find_problems
+from fusionroute.training.overlap import BenchmarkIndex
 from fusionroute.training.rows import load_rows, parse_spec
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -299,6 +301,22 @@ def test_held_out_problems_are_those_that_the_recipes_hold_out(tmp_path: Path) -
     assert task.source == str(tmp_path / "gsm8k" / "train.jsonl")
 
 
+def test_held_out_requests_have_instructions_and_are_no_training_problems(tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor while we cross the harbour."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(160)]
+    (tmp_path / "gpteacher").mkdir()
+    (tmp_path / "gpteacher" / "roleplay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task("ifeval", tmp_path, held_out=True)
+    asked = {item.prompt.split("\n")[0] for item in task.items}
+    trained = find_problems("ifeval", ROWS["ifeval"], tmp_path, BenchmarkIndex([]), seed=0)[0]
+    assert len(asked) == 150
+    assert asked.isdisjoint(problem.prompt[-1]["content"].split("\n")[0] for problem in trained)
+    assert len(trained) == 10
+    assert all(item.raw["instruction_id_list"] for item in task.items)
+    with pytest.raises(FusionRouteError, match="--data DIR"):
+        load_task("ifeval", None, held_out=True)
+
+
 def test_held_out_items_have_keys_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "mbpp").mkdir()
     for name in ("test", "validation"):
@@ -310,5 +328,5 @@ def test_held_out_items_have_keys_of_their_own(tmp_path: Path) -> None:
 
 
 def test_where_nothing_is_held_out(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"humaneval has no rows held out of training: .* gsm8k, mbpp"):
+    with pytest.raises(UsageError, match=r"humaneval has no rows held out of training: .* gsm8k, mbpp, ifeval"):
         load_task("humaneval", FIXTURES, held_out=True)

@@ -2,17 +2,18 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import nltk
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.evaluation import instructions, scoring
-from fusionroute.evaluation.benchmarks import checked
+from fusionroute.evaluation.fields import checked
 from fusionroute.evaluation.instructions import KINDS, instructed
+
+pytestmark = pytest.mark.usefixtures("punkt")
 
 REQUEST = "Tell me about the sea."
 ANSWER = "Whales wander through cold oceans while sailors sing about distant harbours."
@@ -55,20 +56,6 @@ OBEYED: dict[str, Callable[[dict[str, Any]], str]] = {
         "pt": "O mar é muito profundo e ninguém ainda o viu por inteiro, não é?",
     }[k["language"]],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As much of nltk's punkt_tab as these sentences need; two kinds count with it."""
-    data = tmp_path_factory.mktemp("nltk_data")
-    english = data / "tokenizers" / "punkt_tab" / "english"
-    english.mkdir(parents=True)
-    for name in ("abbrev_types.txt", "collocations.tab", "sent_starters.txt"):
-        (english / name).write_text("")
-    (english / "ortho_context.tab").write_text("the\t46\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nltk.data, "path", [str(data), *nltk.data.path])
-        yield
 
 
 def less(arguments: dict[str, Any]) -> bool:
@@ -114,6 +101,25 @@ def test_kinds_that_stand_together_may(seed: int, most: int) -> None:
     assert 1 <= len(kinds) == len(set(kinds)) == len(row["kwargs"]) <= most
     assert not any(b in conflicts[a] for a in kinds for b in kinds if a != b)
     assert row["prompt"].startswith(f"{REQUEST}\n\n")
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=300, deadline=None)
+def test_what_is_asked_together_can_be_done_together(seed: int) -> None:
+    """Pairs that lm-eval's table of conflicts allows and no answer can follow."""
+    row = instructed("Write, if you like, about it.", ANSWER, random.Random(seed), scoring.known_instructions(), most=3)
+    assert row is not None
+    kinds = set(row["instruction_id_list"])
+    cased = {"change_case:english_lowercase", "change_case:english_capital"}
+    assert not (kinds & cased and "detectable_format:multiple_sections" in kinds)
+    assert not {"punctuation:no_comma", "combination:repeat_prompt"} <= kinds
+    named = [word for given in row["kwargs"] for word in words_of(given)]
+    assert len(named) == len(set(named))
+
+
+def words_of(arguments: dict[str, Any]) -> list[str]:
+    lists = [arguments.get("keywords", []), arguments.get("forbidden_words", [])]
+    return [*lists[0], *lists[1], *(arguments[name] for name in ("keyword", "first_word") if name in arguments)]
 
 
 def test_the_same_seed_asks_for_the_same() -> None:

@@ -1,5 +1,6 @@
 """Pairs from checkers on a tiny random collection: its own words are made the right answers."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nltk
 import pytest
 import yaml
 
@@ -21,14 +24,16 @@ from fusionroute.decoding.rows import Request
 from fusionroute.decoding.sampling import Sampling
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.answering import load_engine
+from fusionroute.evaluation.benchmarks import TASK_FILES
 from fusionroute.evaluation.extraction import last_number
-from fusionroute.evaluation.pairing import Candidate
+from fusionroute.evaluation.pairing import WHOLE, Candidate
 from fusionroute.evaluation.pairs import PairSettings, _Maker, describe, make_pairs
-from fusionroute.evaluation.problems import HINTED, ROWS, Problem
+from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
 from fusionroute.recipe import load_recipe
+from fusionroute.training.overlap import BenchmarkIndex
 from fusionroute.training.rows import find_rows, load_rows, parse_spec
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2.yaml"
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 QUESTIONS = [f"How many cows has farmer {number}?" for number in range(8)]
 MBPP = {
     "text": "Write a function to add two numbers.",
@@ -60,7 +65,8 @@ def answers_of(questions: list[str], answer: str = "So #### 123456789") -> list[
 def settings(folder: Path, out: Path, **more: Any) -> PairSettings:
     """Hot enough that a random model comes to an end now and then, and says a number now and then."""
     given: dict[str, Any] = {"tasks": ["gsm8k"], "rows": {"start": 0, "stop": 8}, "samples": 12, "temperature": 1.5}
-    return PairSettings(folder, out / "pairs.jsonl", out / "data", **{**given, "max_new_tokens": 60, **more})
+    given |= {"max_new_tokens": 60, "all_rows": True}
+    return PairSettings(folder, out / "pairs.jsonl", out / "data", **{**given, **more})
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +194,7 @@ def test_answers_do_not_depend_on_batch_or_on_other_problems(
 def test_a_killed_run_goes_on(made: tuple[PairSettings, dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     wanted = dataclasses.replace(made[0], out=tmp_path / "pairs.jsonl")
     command = [sys.executable, "-m", "fusionroute", "pairs", "-c", folder, "--data", wanted.data, "--out", wanted.out]
-    options = ["--tasks", "gsm8k", "--start", 0, "--stop", 8, "--samples", 12, "--temperature", 1.5]
+    options = ["--tasks", "gsm8k", "--start", 0, "--stop", 8, "--samples", 12, "--temperature", 1.5, "--all-rows"]
     words = [*map(str, [*command, *options, "--max-new-tokens", 60, "--batch", 1])]
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, until = tmp_path / "pairs.samples.jsonl", time.monotonic() + 120
@@ -253,14 +259,26 @@ def test_a_problem_that_does_not_fit_the_context_is_told_and_the_others_are_aske
     assert len(stored(settings(folder, tmp_path))) == 1
 
 
-def test_rows_that_the_recipe_holds_out_are_left_out() -> None:
-    held = [spec for spec in load_recipe(RECIPE).heldout if spec.path in {each.path for each in ROWS.values()}]
-    assert held
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_first_row_is_none_that_a_recipe_holds_out(recipe: Path) -> None:
+    held = [spec for spec in load_recipe(recipe).heldout if spec.path in {each.path for each in ROWS.values()}]
     for spec in held:
         mine = next(each for each in ROWS.values() if each.path == spec.path)
         assert spec.stop is not None
         assert (mine.format, mine.shuffle_seed) == (spec.format, spec.shuffle_seed)
         assert mine.start >= spec.stop
+
+
+@pytest.mark.parametrize("rows", [{"start": 150}, {"shuffle_seed": 1}, {"start": 0, "shuffle_seed": 7}])
+def test_held_out_problems_are_asked_by_nobody(rows: dict[str, int], tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", answers_of([f"What is {n}?" for n in range(600)]))
+    spec, index = ROWS["gsm8k"].model_copy(update=rows), BenchmarkIndex([])
+    problems, left_out = find_problems("gsm8k", spec, tmp_path, index, seed=0)
+    held = {each.number for each in find_rows(ROWS["gsm8k"].model_copy(update={"start": 0, "stop": 500}), tmp_path)[0]}
+    assert problems
+    assert not held & {problem.line for problem in problems}
+    everything = find_problems("gsm8k", spec, tmp_path, index, seed=0, all_rows=True)[0]
+    assert len(everything) == len(problems) + left_out["held_out"]
 
 
 def test_limit_and_start_choose_the_problems(folder: Path, tmp_path: Path) -> None:
@@ -321,19 +339,21 @@ def test_phase_two_trains_on_the_pairs(
 def test_the_command_says_what_came_of_it(made: tuple[PairSettings, dict[str, Any]], run: Callable) -> None:
     wanted, summary = made
     words = ["-c", wanted.collection, "--data", wanted.data, "--out", wanted.out, "--tasks", "gsm8k", "--start", 0]
-    options = ["--stop", 8, "--samples", 12, "--temperature", 1.5, "--max-new-tokens", 60, "--json"]
+    options = ["--all-rows", "--stop", 8, "--samples", 12, "--temperature", 1.5, "--max-new-tokens", 60, "--json"]
     code, out, error = run("pairs", *words, *options)
     assert code == 0
     assert json.loads(out) == summary
     assert describe(summary)[0] in error
 
 
+@pytest.mark.usefixtures("punkt")
 def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) -> None:
     said = "Ahoy there, sailor! Welcome aboard, and mind the anchor while we cross the harbour."
     rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(12)]
     write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
     solutions = tmp_path / "solutions.jsonl"
-    wanted = settings(folder, tmp_path, tasks=["ifeval"], rows={"start": 0, "stop": 12}, solutions=solutions)
+    rows_wanted = {"start": 0, "stop": 12}
+    wanted = settings(folder, tmp_path, tasks=["ifeval"], rows=rows_wanted, solutions=solutions, reference=True)
     found = make_pairs(wanted)["tasks"]["ifeval"]
     assert found["problems"] == 12
     assert not found["unusable"]
@@ -343,6 +363,7 @@ def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) ->
         asked = rows[row["provenance"]["line"] - 1]["instruction"]
         assert request["content"].startswith(f"{asked}\n\n")
         assert said not in answer["content"]
+        assert row["provenance"]["instructions"]["prompt"] == request["content"]
         assert row["provenance"]["answer"]["scores"]["strict"] == 1
     assert found["solutions"] == len(read(solutions)) > 0
 
@@ -378,6 +399,63 @@ def test_the_hint_is_shown_and_not_written(folder: Path, tmp_path: Path, made: t
     found = _Maker(wanted).solution(problem, Candidate(solution["content"], "right", {}, 0, 0))
     assert found["messages"] == [{"role": "user", "content": QUESTIONS[0]}, solution]
     assert found["provenance"]["sampling"]["hint"] is True
+    assert found["provenance"]["hint"] == HINTED
+
+
+def test_a_copied_reference_is_no_solution(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS[:1], "He counts 4. #### 4"))
+    more = {"hint": True, "solutions": tmp_path / "s.jsonl", "samples": 2}
+    wanted = settings(folder, tmp_path, rows={"start": 0, "stop": 1}, **more)
+    maker = _Maker(wanted)
+    (problem,) = maker.problems("gsm8k", Counter())
+    for number, text in enumerate(["He counts: 4.\n\n#### 4", "There are 4."]):
+        maker.store.put(maker._draw(problem, number)[0], {"problem": problem.name, "text": text, "finish": "stop"})
+    assert [answer.verdict for answer in maker.answers(problem)] == ["copied", "right"]
+
+
+def test_no_file_of_an_earlier_run_is_left(folder: Path, tmp_path: Path) -> None:
+    """Solutions without a pair: pairs that stand there are another run's."""
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS[:1], "He counts 4. #### 4"))
+    wanted = settings(folder, tmp_path, rows={"start": 0, "stop": 1}, solutions=tmp_path / "s.jsonl", samples=1)
+    maker = _Maker(wanted)
+    (problem,) = maker.problems("gsm8k", Counter())
+    maker.store.put(maker._draw(problem, 0)[0], {"problem": problem.name, "text": "There are 4.", "finish": "stop"})
+    wanted.out.write_text("{}\n")
+    assert make_pairs(wanted)["pairs"] == 0
+    assert (wanted.out.exists(), len(read(tmp_path / "s.jsonl"))) == (False, 1)
+
+
+def test_without_punkt_nothing_is_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nltk.data, "path", [])
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FusionRouteError, match=r"punkt_tab: have it in .*nltk_data"):
+        make_pairs(settings(folder, tmp_path, tasks=["ifeval"]))
+
+
+@pytest.mark.usefixtures("punkt")
+def test_a_defective_request_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor while we cross the harbour."
+    rows = [{"instruction": f"Greet {half}guests.", "input": "", "response": said} for half in ("\ud800", "")]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    more = {"samples": 1, "solutions": tmp_path / "s.jsonl"}
+    wanted = settings(folder, tmp_path, tasks=["ifeval"], rows={"start": 0, "stop": 2}, **more)
+    with contextlib.suppress(FusionRouteError):
+        make_pairs(wanted)
+    assert len(stored(wanted)) == 1
+
+
+def test_metrics_are_those_of_the_task_files() -> None:
+    for task, metrics in WHOLE.items():
+        told = yaml.load((TASK_FILES / f"{task}.yaml").read_text(), _Loader)
+        assert metrics[0] == told["metadata"]["primary"]
+        assert set(metrics) <= {each["metric"] for each in told["metric_list"]}
+
+
+class _Loader(yaml.SafeLoader):
+    """lm-eval's task files name functions."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def test_instructions_have_no_reference_to_hint_at(folder: Path, tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def test_memory_goes_back_once_after_work(start: Start, monkeypatch: pytest.Monk
     assert not any(returned)
 
 
-def test_what_fails_after_a_step_does_not_end_the_engine(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("figures", ["stepped", "measured", "settled"])
+def test_answers_come_without_figures(start: Start, monkeypatch: pytest.MonkeyPatch, figures: str) -> None:
     live = start()
 
     def broken(*_: Any) -> None:
@@ -170,8 +171,9 @@ def test_what_fails_after_a_step_does_not_end_the_engine(start: Start, monkeypat
 
     with live.http() as http:
         with monkeypatch.context() as patch:
-            patch.setattr(live.service.scheduler.metrics, "measured", broken)
-            is_error(http.post("/v1/chat/completions", json=ASK), 500)
+            patch.setattr(live.service.scheduler.metrics, figures, broken)
+            assert http.post("/v1/chat/completions", json={**ASK, "max_tokens": 1}).status_code == 200
+            assert http.post("/v1/chat/completions", json={**ASK, "stop": ["e"]}).status_code == 200
         assert http.post("/v1/chat/completions", json=ASK).status_code == 200
     assert live.idle()
 

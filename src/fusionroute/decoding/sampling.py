@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionroute.errors import UsageError, require
+from fusionroute.errors import FusionRouteError, UsageError, require
 
 _MASK = (1 << 64) - 1
 # Divided by less, logits may be infinite in float32, and the arg-max of several infinities is the first.
 _COLDEST = 1e-30
 _LOUD = 7.0  # one token of a thousand has more noise
+_NO_NUMBERS = "logits that are no numbers (NaN): damaged weights, an overflow in this dtype, or an infinite bias"
 
 Mask = Callable[[Sequence[int]], Collection[int] | Tensor]
 
@@ -90,11 +91,16 @@ def noisy_argmax(logits: Tensor, seed: int, position: int) -> int:
 
     Two logarithms for each of 152,000 tokens take ten times as long as the numbers they are of, so noise is worked out
     only for tokens that it can make the largest.
+
+    Raises:
+        FusionRouteError: logits that are NaN.
     """
     logits = logits.cpu()
     uniform = _uniform(seed, position, len(logits))
     top = int(logits.argmax())
     least = float(logits[top] + _gumbel(uniform[top]))
+    if math.isnan(least):
+        raise FusionRouteError(_NO_NUMBERS)
     # A token with less noise than _LOUD must come that near by itself; 1 more, because sums are rounded.
     (places,) = ((logits >= least - _LOUD - 1) | (uniform > math.exp(-math.exp(-_LOUD)))).nonzero(as_tuple=True)
     return int(places[(logits[places] + _gumbel(uniform[places])).argmax()])
@@ -164,6 +170,8 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """
     logprobs = logits.log_softmax(-1)
     kept = logprobs >= math.log((1 - top_p) / (2 * len(logits)))
+    if not kept.any():
+        raise FusionRouteError(_NO_NUMBERS)
     mass = 1 - float(logprobs[~kept].exp().sum())
     (places,) = kept.nonzero(as_tuple=True)
     ordered, order = logits[places].sort()

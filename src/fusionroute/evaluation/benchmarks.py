@@ -15,132 +15,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
-
-import pydantic
+from typing import TYPE_CHECKING, Any, cast
 
 from fusionroute.errors import FusionRouteError, UsageError, first_line
-from fusionroute.evaluation import extraction, scoring
+from fusionroute.evaluation import scoring
 from fusionroute.evaluation.execution import Limits, require_isolation
+from fusionroute.evaluation.fields import FIELDS, checked
+from fusionroute.evaluation.problems import with_instructions
 from fusionroute.evaluation.scoring import Score
-from fusionroute.training.rows import read_raw, shuffled
+from fusionroute.training.rows import parse_spec, read_raw, shuffled
 
 if TYPE_CHECKING:
     import datasets
 
 TASK_FILES = Path(__file__).parent / "tasks"
 NAMES = tuple(scoring.SCORERS)
-HELD_OUT = ("gsm8k", "mbpp")  # those with rows that the recipes keep out of training
+HELD_OUT = ("gsm8k", "mbpp", "ifeval")  # those with rows that the recipes keep out of training
 CODE = ("mbpp", "humaneval")  # those whose answers are run
 _PREFIX = "fusionroute_"
 # Modules and packages whose version can change a score; lm-eval itself reads every task.
-_PACKAGES = {
+PACKAGES = {
     "math500": {"math_verify": "math-verify", "latex2sympy2_extended": "latex2sympy2-extended", "sympy": "sympy"},
     "ifeval": {"lm_eval": "lm_eval", "langdetect": "langdetect", "immutabledict": "immutabledict", "nltk": "nltk"},
-}
-
-Text = Annotated[str, pydantic.StringConstraints(pattern=r"\S")]
-
-
-class _Row(pydantic.BaseModel, strict=True):
-    """The fields of a row that prompts and scores use; others are left out.
-
-    `shown` are the columns lm-eval sees, with what stands there in a row that lacks a field.
-    """
-
-    shown: ClassVar[dict[str, Any]]
-    named_by: ClassVar[str | None] = None
-
-
-class _Gsm8k(_Row):
-    shown = {"question": "-", "answer": ""}
-    question: Text
-    answer: Text
-
-    @pydantic.model_validator(mode="after")
-    def _has_a_number(self) -> "_Gsm8k":
-        if extraction.marked_number(self.answer) is None:
-            raise ValueError("'answer' has no number after ####")
-        return self
-
-
-class _Math500(_Row):
-    shown = {"problem": "-", "answer": ""}
-    named_by = "unique_id"
-    problem: Text
-    answer: Text
-    solution: str | None = None
-    unique_id: str | None = None
-
-
-class _Mbpp(_Row):
-    shown = {"text": "-", "test_list": ["-"], "code": ""}
-    named_by = "task_id"
-    text: Text
-    test_list: Annotated[list[Text], pydantic.Field(min_length=1)]
-    test_setup_code: str | None = None
-    code: str | None = None
-    task_id: int | str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _tidy(self) -> "_Mbpp":
-        # As in the training rows: the file ends its lines in two ways.
-        self.text = extraction.unix_lines(self.text).lstrip("\n").rstrip()
-        self.test_list = [extraction.unix_lines(test).lstrip("\n").rstrip() for test in self.test_list]
-        return self
-
-
-class _HumanEval(_Row):
-    shown = {"prompt": "-", "canonical_solution": ""}
-    named_by = "task_id"
-    prompt: Text
-    entry_point: Annotated[str, pydantic.StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
-    test: Text
-    canonical_solution: str | None = None
-    task_id: int | str | None = None
-
-
-class _IfEval(_Row):
-    shown = {"prompt": "-"}
-    named_by = "key"
-    prompt: Text
-    instruction_id_list: Annotated[list[Text], pydantic.Field(min_length=1)]
-    kwargs: list[dict[str, Any]]
-    key: int | str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _belong_together(self) -> "_IfEval":
-        if len(self.kwargs) != len(self.instruction_id_list):
-            raise ValueError(f"{len(self.instruction_id_list)} instructions, but {len(self.kwargs)} in 'kwargs'")
-        # The Hub's table has a column for every argument of any instruction.
-        self.kwargs = [{k: v for k, v in given.items() if v is not None} for given in self.kwargs]
-        return self
-
-
-class _General(_Row):
-    shown = {"instruction": "-", "input": "", "output": ""}
-    named_by = "id"
-    instruction: Text
-    input: str = ""
-    output: str = ""
-    id: int | str | None = None
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _first_instance(cls, raw: Any) -> Any:
-        instances = raw.get("instances")
-        if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-            raise ValueError("'instances' holds no instance")
-        return {key: raw[key] for key in ("instruction", "id") if key in raw} | instances[0]
-
-
-_ROWS: dict[str, type[_Row]] = {
-    "gsm8k": _Gsm8k,
-    "math500": _Math500,
-    "mbpp": _Mbpp,
-    "humaneval": _HumanEval,
-    "ifeval": _IfEval,
-    "general": _General,
 }
 
 
@@ -212,7 +108,7 @@ def load_task(name: str, data_dir: Path | None, *, limit: int | None = None, hel
         raise UsageError(f"unknown benchmark {name!r}: there are {', '.join(NAMES)}")
     if limit is not None and limit < 1:
         raise UsageError(f"a limit of {limit} items leaves none: name at least 1")
-    for module in ("lm_eval", *_PACKAGES.get(name, ())):
+    for module in ("lm_eval", *PACKAGES.get(name, ())):
         if importlib.util.find_spec(module) is None:
             raise FusionRouteError(f"benchmark {name} needs {module}: pip install 'fusionroute[eval]'")
     from lm_eval.tasks import TaskManager
@@ -240,7 +136,8 @@ def load_task(name: str, data_dir: Path | None, *, limit: int | None = None, hel
         for doc in (docs[index] for index in range(min(len(docs), limit or len(docs))))
     ]
     rows = _part(task.config.dataset_kwargs["rows"], held_out)
-    source = str(data_dir / rows["file"]) if data_dir is not None else rows["hub"]["path"]
+    place = rows.get("requests") or {"path": rows.get("file")}
+    source = str(data_dir / place["path"]) if data_dir is not None else rows["hub"]["path"]
     settings = _settings_of(name, task, docs) | ({"part": "held out"} if held_out else {})
     return Benchmark(name, tuple(items), task.config.metadata["primary"], source, settings)
 
@@ -283,7 +180,7 @@ def _settings_of(name: str, task: Any, docs: Sequence[dict[str, Any]]) -> dict[s
         "rules": metadata["rules"],
         "rows": len(docs),
         "sha256": digest.hexdigest(),
-        "packages": {package: version(package) for package in _PACKAGES.get(name, {}).values()},
+        "packages": {package: version(package) for package in PACKAGES.get(name, {}).values()},
     }
     if name in CODE:
         settings |= {"python": ".".join(platform.python_version_tuple()[:2]), "limits": asdict(Limits())}
@@ -313,13 +210,16 @@ def load_rows(
     if name in CODE:
         require_isolation(unsafe_code_execution)
     part = _part(rows, held_out)
-    if data is None:
+    folder = None if data is None else Path(data).expanduser()
+    if name == "ifeval" and folder is not None:
+        scoring.find_nltk_data(folder / "nltk_data")
+    if "requests" in part:
+        spec = parse_spec(part["requests"])
+        found, source = [raw for _, _, raw in with_instructions(spec, folder)[0]], spec.path
+    elif folder is None:
         found, source = _hub_rows(**part["hub"]), part["hub"]["path"]
     else:
-        path = Path(data).expanduser() / part["file"]
-        found, source = [raw for _, raw in read_raw(path)], str(path)
-        if name == "ifeval":
-            scoring.find_nltk_data(Path(data).expanduser() / "nltk_data")
+        found, source = [raw for _, raw in read_raw(folder / part["file"])], str(folder / part["file"])
     if not found:
         raise FusionRouteError(f"{source} holds no rows")
     if (seed := part.get("shuffle_seed")) is not None:
@@ -344,23 +244,9 @@ def _hub_rows(path: str, split: str, name: str | None = None) -> list[dict[str, 
         raise FusionRouteError(f"{reason}: name the folder of your data with --data DIR") from error
 
 
-def checked(task: str, raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The fields of a raw row as the scores use them, and no defect; or the row as it came, and what it lacks."""
-    try:
-        row = _ROWS[task].model_validate(raw).model_dump()
-        json.dumps(row, ensure_ascii=False).encode()
-    except pydantic.ValidationError as error:
-        return raw, "; ".join(_problem(problem) for problem in error.errors())
-    except UnicodeEncodeError:
-        return raw, "half a character (a lone surrogate)"
-    except (TypeError, ValueError):
-        return raw, "holds what JSON does not know"
-    return row, ""
-
-
 def _doc(task: str, raw: dict[str, Any], unsafe: bool) -> dict[str, Any]:
     """A row as lm-eval sees it. All of one task have the same columns: its table takes no others."""
-    kind = _ROWS[task]
+    kind = FIELDS[task]
     row, defect = checked(task, raw)
     shown = kind.shown if defect else {column: row[column] for column in kind.shown}
     named = raw.get(kind.named_by or "")
@@ -373,12 +259,6 @@ def _doc(task: str, raw: dict[str, Any], unsafe: bool) -> dict[str, Any]:
         "row": kept,
         **shown,
     }
-
-
-def _problem(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"field {where!r}: {reason}" if where else reason
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Requests with instructions that IFEval's checkers can check, made from training rows: the kinds are IFEval's, the
-words and thresholds are not. What a model follows of them it can be trained on. Knows no model and no file.
+"""Requests with instructions that IFEval's checkers can check, made from training rows: the kinds are IFEval's; the
+words are ours, and thresholds are drawn, not read from its test file. What a model follows of them it can be trained
+on. Knows no model and no file.
 """
 
 import random
@@ -8,11 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MOST_REPEATED = 300  # characters of a request that is to be repeated
+MOST_WORDS = 3  # that one instruction names
 
 _WORD = re.compile(r"[a-z]{4,12}")
 _ENDS = ("That is all for now.", "What do you think?", "Thank you for reading.", "I hope this helps.")
 _LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "it": "Italian", "pt": "Portuguese"}
 _AMOUNTS = {"at least": "at least", "less than": "fewer than"}
+
+# Beside lm-eval's conflicts: section heads begin with a capital whatever the rest is, and a request may hold commas.
+_EXCLUSIVE = (
+    {"change_case:english_lowercase", "detectable_format:multiple_sections"},
+    {"change_case:english_capital", "detectable_format:multiple_sections"},
+    {"punctuation:no_comma", "combination:repeat_prompt"},
+)
 
 Draw = Callable[[random.Random, Sequence[str]], dict[str, Any]]
 
@@ -30,7 +39,7 @@ def _amount(name: str, relation: str, choices: Sequence[int]) -> Draw:
 
 
 def _words(name: str) -> Draw:
-    return lambda chance, words: {name: sorted(chance.sample(words, chance.randint(1, 3)))}
+    return lambda chance, words: {name: sorted(chance.sample(words, chance.randint(1, MOST_WORDS)))}
 
 
 def _frequent(chance: random.Random, words: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +100,7 @@ KINDS: Mapping[str, tuple[Draw, tuple[str, ...]]] = {
     ),
     "detectable_content:postscript": (
         _one("postscript_marker", ("P.S.", "P.P.S")),
-        ("Add a postscript at the end that begins with {postscript_marker}", "Close with a {postscript_marker} note."),
+        ("Add a postscript that begins with {postscript_marker} at the end.", "Close with a {postscript_marker} note."),
     ),
     "detectable_format:number_bullet_lists": (
         _one("num_bullets", (2, 3, 4, 5)),
@@ -132,7 +141,7 @@ KINDS: Mapping[str, tuple[Draw, tuple[str, ...]]] = {
     ),
     "startend:end_checker": (
         _one("end_phrase", _ENDS),
-        ("The very last words are to be: {end_phrase}", 'End on the sentence "{end_phrase}" and add nothing to it.'),
+        ('Let "{end_phrase}" be the very last words.', 'End on the sentence "{end_phrase}" and add nothing to it.'),
     ),
     "startend:quotation": (
         _nothing,
@@ -170,23 +179,30 @@ def instructed(
         `{"prompt", "instruction_id_list", "kwargs"}`, or None for an answer without enough words.
     """
     words = sorted(set(_WORD.findall(answer.lower())))
-    if len(words) < 4:
+    if len(words) < MOST_WORDS * most:
         return None
     kinds = [kind for kind in KINDS if kind != "combination:repeat_prompt" or len(request) <= MOST_REPEATED]
     chosen: list[str] = []
     for _ in range(chance.randint(1, most)):
-        free = [kind for kind in kinds if not any(kind in conflicts[one] or one in conflicts[kind] for one in chosen)]
-        if free := [kind for kind in free if kind not in chosen]:
+        if free := [kind for kind in kinds if not any(_exclude(kind, one, conflicts) for one in chosen)]:
             chosen.append(chance.choice(free))
     texts, given = [], []
     for kind in chosen:
         draw, ways = KINDS[kind]
         arguments = draw(chance, words)
+        # A word that one instruction forbids is nothing that another may want.
+        used = {word for value in arguments.values() for word in (value if isinstance(value, list) else [value])}
+        words = [word for word in words if word not in used]
         texts.append(chance.choice(ways).format(**_shown(arguments)))
         if "prompt_to_repeat" in arguments:
             arguments["prompt_to_repeat"] = request
         given.append(arguments)
     return {"prompt": f"{request}\n\n{' '.join(texts)}", "instruction_id_list": chosen, "kwargs": given}
+
+
+def _exclude(kind: str, other: str, conflicts: Mapping[str, Any]) -> bool:
+    known = kind in conflicts[other] or other in conflicts[kind]
+    return kind == other or known or {kind, other} in _EXCLUSIVE
 
 
 def _shown(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from fusionroute.training.overlap import BenchmarkIndex
 
 # The metrics of an answer as a whole; the first is the one its task file calls primary.
-METRICS = {"gsm8k": ("flexible", "strict"), "mbpp": ("flexible", "strict"), "ifeval": ("strict", "loose")}
+WHOLE = {"gsm8k": ("flexible", "strict"), "mbpp": ("flexible", "strict"), "ifeval": ("strict", "loose")}
 RIGHT, WRONG = "right", "wrong"
 
 
@@ -70,7 +70,7 @@ def verdict(task: str, scores: Mapping[str, float], unscored: str | None) -> str
     """`right` is what the primary metric says, `wrong` what every metric says; what is neither is not used."""
     if unscored is not None:
         return "unscored"
-    primary, other = (scores[metric] for metric in METRICS[task])
+    primary, other = (scores[metric] for metric in WHOLE[task])
     if primary == 1:
         return RIGHT
     return "unclear" if primary or other else WRONG

@@ -11,22 +11,23 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
-from fusionroute.evaluation.benchmarks import TASK_FILES
+from fusionroute.evaluation.benchmarks import PACKAGES, TASK_FILES
 from fusionroute.evaluation.execution import Limits, require_isolation
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
-from fusionroute.evaluation.problems import ROWS, Problem, find_problems
-from fusionroute.evaluation.scoring import SCORERS, find_nltk_data, known_instructions
+from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
+from fusionroute.evaluation.scoring import SCORERS, known_instructions, require_nltk_data
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import Sources, find
 from fusionroute.files import staged_file
-from fusionroute.training.overlap import BenchmarkIndex, benchmark_files
+from fusionroute.training.overlap import BenchmarkIndex, benchmark_files, words
 from fusionroute.training.rows import parse_spec
 
 T = TypeVar("T")
@@ -45,11 +46,12 @@ class PairSettings:
         limit: problems of each task, the first from `start` on; None is all.
         samples: answers to each problem.
         most: pairs, and solutions, of one problem.
+        all_rows: also problems that the recipes hold out, which are left out otherwise.
         reference: where no sample is right, the reference solution stands in.
         expert: who answers, alone; None is the collection as it is.
         hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
             al., STaR, arXiv 2203.14465).
-        seed: an answer's own seed is drawn from it, the prompt and the answer's number.
+        seed: an answer's own seed is drawn from it, the prompt and the answer's number; so are ifeval's instructions.
         batch: answers written together.
         unsafe: run model-written code where nothing isolates it.
     """
@@ -62,6 +64,7 @@ class PairSettings:
     limit: int | None = None
     samples: int = 4
     most: int = 1
+    all_rows: bool = False
     reference: bool = False
     expert: str | None = None
     hint: bool = False
@@ -90,11 +93,12 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
     """Sample, check, and write the pairs.
 
     Returns:
-        `{"pairs", "tasks": {TASK: {"ill_formed", "overlapping", "problems", "unusable", "both", "only_right",
-        "only_wrong", "neither", "pairs", "with_reference", "solutions", "answers": {VERDICT: count}}}}`: rows that are
-        no problems or share 13 words with a test item; of the problems, how many have a reference that the checker
-        finds wrong or cannot check, how many had right and wrong answers, only the ones, only the others, or neither;
-        pairs, and those with the reference for the right answer; right answers for `solutions`.
+        `{"pairs", "tasks": {TASK: {"ill_formed", "overlapping", "held_out", "problems", "unusable", "both",
+        "only_right", "only_wrong", "neither", "pairs", "with_reference", "solutions", "answers": {VERDICT: count}}}}`:
+        rows that are no problems, share 13 words with a test item or are held out by the recipes; of the problems, how
+        many have a reference that the checker finds wrong or cannot check, how many had right and wrong answers, only
+        the ones, only the others, or neither; pairs, and those with the reference for the right answer; right answers
+        for `solutions`.
 
     Raises:
         UsageError: an unknown task or an impossible setting; nothing isolates model-written code.
@@ -109,7 +113,7 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
     for problem in _with_progress("checking references", problems):
         reference = maker.reference(problem)
         # A checker that finds the reference wrong says nothing about other answers.
-        if reference is None or reference.verdict == RIGHT:
+        if problem.fields and (reference is None or reference.verdict == RIGHT):
             usable.append((problem, reference))
         else:
             counts[problem.task]["unusable"] += 1
@@ -138,24 +142,29 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
             for task in wanted.tasks
         },
     }
-    if wanted.solutions is not None and solutions:
-        _write(wanted.solutions, solutions)
-    elif not rows:
-        hint = "draw more --samples" if wanted.reference else "draw more --samples, or take the --reference"
+    if not rows and not (solutions and wanted.solutions):
+        hint = "draw more --samples"
+        if not wanted.reference and set(wanted.tasks) != {"ifeval"}:
+            hint += ", or take the --reference"
         raise FusionRouteError(f"no pair for {wanted.out}: {'; '.join(describe(summary))}: {hint}")
-    if rows:
-        _write(wanted.out, rows)
+    _write(wanted.out, rows)
+    if wanted.solutions is not None:
+        _write(wanted.solutions, solutions)
     return summary
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows, or no file where there are none: one of an earlier run would be taken for this one's."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     with staged_file(path) as scratch:
         scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 _KINDS = {(True, True): "both", (True, False): "only_right", (False, True): "only_wrong", (False, False): "neither"}
 _COUNTS = (
-    *("ill_formed", "overlapping", "problems", "unusable"),
+    *("ill_formed", "overlapping", "held_out", "problems", "unusable"),
     *("both", "only_right", "only_wrong", "neither", "pairs", "with_reference", "solutions"),
 )
 
@@ -174,6 +183,7 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
             "with the reference as the right answer": found["with_reference"],
             "problems that cannot be checked": found["unusable"],
             "rows that share 13 words in a row with a test item": found["overlapping"],
+            "rows that the recipes hold out": found["held_out"],
             "ill-formed rows": found["ill_formed"],
         }
         lines.append(", ".join([text, *(f"{count} {what}" for what, count in notes.items() if count)]))
@@ -219,7 +229,7 @@ class _Maker:
             print(f"no benchmark test files under {wanted.data}: nothing to compare problems with", file=sys.stderr)
         if "ifeval" in wanted.tasks:
             known_instructions()  # says which package is missing, if one is
-            find_nltk_data(wanted.data / "nltk_data")
+            require_nltk_data(wanted.data / "nltk_data")
         self.index = BenchmarkIndex.from_files(files)
 
     def problems(self, task: str, count: Counter[str]) -> list[Problem]:
@@ -229,7 +239,7 @@ class _Maker:
         if wanted.limit is not None:
             last = spec.start + wanted.limit
             spec = spec.model_copy(update={"stop": last if spec.stop is None else min(last, spec.stop)})
-        found, left_out = find_problems(task, spec, wanted.data, self.index, seed=wanted.seed)
+        found, left_out = find_problems(task, spec, wanted.data, self.index, seed=wanted.seed, all_rows=wanted.all_rows)
         count.update(left_out, problems=len(found))
         return found
 
@@ -297,7 +307,9 @@ class _Maker:
             if row is None:
                 found.append(Candidate("", "failed", {}, number, seed))
             else:
-                found.append(self._candidate(problem, row["text"], row["finish"], sample=number, seed=seed))
+                answer = self._candidate(problem, row["text"], row["finish"], sample=number, seed=seed)
+                copied = self.wanted.hint and words(answer.text) == words(problem.reference or "")
+                found.append(replace(answer, verdict="copied") if copied else answer)
         return found
 
     def _candidate(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
@@ -313,6 +325,7 @@ class _Maker:
             "python": platform.python_version_tuple()[:2],
             "limits": asdict(Limits()),
             "task": (TASK_FILES / f"{problem.task}.yaml").read_text(encoding="utf-8"),  # its version and rules
+            **{package: version(package) for package in PACKAGES.get(problem.task, {}).values()},
         }
         key = key_of("score", problem.task, problem.fields, text, conditions)
         known = self.store.get(key)
@@ -351,6 +364,8 @@ class _Maker:
             "checker": problem.task,
             "sampling": {**wanted.sampling(), "seed": wanted.seed, "samples": wanted.samples},
             "identity": self.identity,
+            **({"hint": HINTED} if wanted.hint else {}),
+            **({"instructions": problem.fields} if problem.task == "ifeval" else {}),
         }
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusionroute.evaluation.benchmarks import checked
+from fusionroute.evaluation.fields import checked
 from fusionroute.evaluation.instructions import instructed
 from fusionroute.evaluation.scoring import known_instructions
+from fusionroute.training.formats import Row
 from fusionroute.training.overlap import BenchmarkIndex, drop_overlapping
 from fusionroute.training.rows import DataSpec, find_rows
 
@@ -27,8 +28,9 @@ HINTED = """{problem}
 This is known to be right:
 {solution}
 
-Solve the problem yourself, step by step and in your own words, as if you had not seen that, and come to the same \
-result."""
+Solve the problem yourself, as if you had not seen that, and come to the same result. Write short steps: what each \
+finds, in a few words, and its calculation. No headings and no code unless the problem asks for it. End with \
+the result."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +63,65 @@ class Problem:
 
 
 def find_problems(
-    task: str, spec: DataSpec, data: Path, index: BenchmarkIndex, *, seed: int
+    task: str, spec: DataSpec, data: Path, index: BenchmarkIndex, *, seed: int, all_rows: bool = False
 ) -> tuple[list[Problem], dict[str, int]]:
     """The problems of the rows of `spec`, without those that share 13 words in a row with a test item.
 
     Args:
         index: of the test items.
         seed: with the row's place it decides which instructions a request of `ifeval` gets.
+        all_rows: also those that the recipes hold out; they are left out whatever `spec` says otherwise.
 
     Returns:
-        The problems, and how many rows were left out as `ill_formed` or `overlapping`.
+        The problems, and how many rows were left out as `ill_formed`, `overlapping` or `held_out`.
 
     Raises:
         FusionRouteError: as `find_rows`.
     """
-    found, ill_formed = find_rows(spec, data)
-    overlapping = {place for place, _ in drop_overlapping([each.row for each in found], index)[1]}
+    if task == "ifeval":
+        found, ill_formed = with_instructions(spec, data, seed=seed)
+    else:
+        rows, ill_formed = find_rows(spec, data)
+        found = [(number, row, raw) for number, raw, row in rows]
+    overlapping = {place for place, _ in drop_overlapping([row for _, row, _ in found], index)[1]}
+    held = set() if all_rows else _held_out(ROWS[task], data)
     problems = []
-    for place, (line, raw, row) in enumerate(found):
-        if place in overlapping:
+    for place, (line, row, raw) in enumerate(found):
+        if place in overlapping or line in held:
             continue
         *prompt, answer = row["messages"]
-        reference: str | None = answer["content"]
-        if task == "ifeval":
-            chance = random.Random(f"{seed} {spec.path}:{line}")
-            made = instructed(prompt[-1]["content"], answer["content"], chance, known_instructions())
-            if made is None:
-                ill_formed += 1
-                continue
-            raw, reference = made, None
-            prompt = [*prompt[:-1], {"role": "user", "content": made["prompt"]}]
+        reference = None if task == "ifeval" else answer["content"]
         fields, defect = checked(task, raw)
         problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, {} if defect else fields))
-    return problems, {"ill_formed": ill_formed, "overlapping": len(overlapping)}
+    left_out = {"ill_formed": ill_formed, "overlapping": len(overlapping)}
+    return problems, left_out | {"held_out": len(held & {line for line, _, _ in found})}
+
+
+def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tuple[list[tuple[int, Row, Row]], int]:
+    """The requests of the rows of `spec` with instructions after each, drawn by `seed` and the row's place.
+
+    Returns:
+        Of each its line, the chat row, whose answer follows no instruction, and the row of IFEval; and how many rows
+        were left out.
+
+    Raises:
+        FusionRouteError: as `find_rows`.
+    """
+    found, left_out = find_rows(spec, data)
+    made = []
+    for line, _, row in found:
+        *before, request, answer = row["messages"]
+        chance = random.Random(f"{seed} {spec.path}:{line}")
+        raw = instructed(request["content"], answer["content"], chance, known_instructions())
+        if raw is not None:
+            asked = [*before, {**request, "content": raw["prompt"]}, answer]
+            made.append((line, {**row, "messages": asked}, raw))
+    return made, left_out + len(found) - len(made)
+
+
+def _held_out(spec: DataSpec, data: Path) -> set[int]:
+    """The lines before the first that the recipes train on."""
+    if spec.start == 0:
+        return set()
+    found, _ = find_rows(spec.model_copy(update={"start": 0, "stop": spec.start}), data)
+    return {each.number for each in found}

@@ -244,6 +244,23 @@ def find_nltk_data(folder: Path) -> None:
         nltk.data.path.append(str(folder))
 
 
+def require_nltk_data(folder: Path) -> None:
+    """As `find_nltk_data`, where sentences have to be counted.
+
+    Raises:
+        FusionRouteError: punkt_tab is nowhere.
+    """
+    import nltk
+
+    find_nltk_data(folder)
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english/")
+    except LookupError:
+        raise FusionRouteError(
+            f"ifeval needs nltk's punkt_tab: have it in {folder}, or run python -m nltk.downloader punkt_tab"
+        ) from None
+
+
 class _MathProcess:
     """math-verify in a process of its own.
 

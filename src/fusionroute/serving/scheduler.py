@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -220,7 +220,8 @@ class Scheduler:
             if self._tickets.pop(number, None) is not None:
                 self.engine.cancel(number)
                 self.metrics.finished("cancelled")
-        self.metrics.settled(self.engine)
+        with self._figures():
+            self.metrics.settled(self.engine)
 
     def _step(self) -> None:
         try:
@@ -245,8 +246,10 @@ class Scheduler:
                 found.setdefault(ticket, []).append((index, event))
             if event.finish is not None:
                 del self._tickets[event.row]
-            self.metrics.stepped(event, ticket.asked, ended)
-        self.metrics.measured(self.engine, ended - started)
+            with self._figures():
+                self.metrics.stepped(event, ticket.asked, ended)
+        with self._figures():
+            self.metrics.measured(self.engine, ended - started)
         self._send(found)
 
     def _give_up(self) -> None:
@@ -265,6 +268,14 @@ class Scheduler:
         for ticket in tickets:
             self._cancel(ticket)
         self._send({ticket: [error] for ticket in tickets})
+
+    @contextlib.contextmanager
+    def _figures(self) -> Iterator[None]:
+        """Figures may be missing; answers are delivered all the same."""
+        try:
+            yield
+        except Exception as error:
+            self._tell("figures are missing", error)
 
     def _tell(self, what: str, error: BaseException) -> None:
         # A message may hold what was asked; where it was raised never does.

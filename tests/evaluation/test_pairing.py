@@ -58,17 +58,19 @@ def test_as_many_pairs_as_there_are_texts(rights: list[str], wrongs: list[str], 
 
 
 @pytest.mark.parametrize(
-    ("text", "finish", "reason"),
+    ("task", "text", "finish", "reason"),
     [
-        ("It is 3.", "stop", None),
-        ("It is 3.", "length", "cut off"),
-        (" \n", "stop", "empty"),
-        ("", "stop", "empty"),
-        (f"As in: {ITEM}", "stop", "overlapping"),
+        ("gsm8k", "It is 3.", "stop", None),
+        ("gsm8k", "It is 3.", "length", "cut off"),
+        ("gsm8k", " \n", "stop", "empty"),
+        ("gsm8k", "", "stop", "empty"),
+        ("gsm8k", f"As in: {ITEM}", "stop", "overlapping"),
+        ("ifeval", "word " * 14, "stop", "too short"),
+        ("ifeval", "word " * 15, "stop", None),
     ],
 )
-def test_what_is_not_worth_checking(text: str, finish: str, reason: str | None) -> None:
-    assert unfit(text, finish, BenchmarkIndex([("gsm8k/test.jsonl:1", ITEM)])) == reason
+def test_what_is_not_worth_checking(task: str, text: str, finish: str, reason: str | None) -> None:
+    assert unfit(task, text, finish, BenchmarkIndex([("gsm8k/test.jsonl:1", ITEM)])) == reason
 
 
 @pytest.mark.parametrize(

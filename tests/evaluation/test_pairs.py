@@ -29,6 +29,7 @@ from fusionroute.evaluation.extraction import last_number
 from fusionroute.evaluation.pairing import WHOLE, Candidate
 from fusionroute.evaluation.pairs import PairSettings, _Maker, describe, make_pairs
 from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
+from fusionroute.evaluation.scoring import ifeval
 from fusionroute.recipe import load_recipe
 from fusionroute.training.overlap import BenchmarkIndex
 from fusionroute.training.rows import find_rows, load_rows, parse_spec
@@ -352,20 +353,24 @@ def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) ->
     rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(12)]
     write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
     solutions = tmp_path / "solutions.jsonl"
-    rows_wanted = {"start": 0, "stop": 12}
-    wanted = settings(folder, tmp_path, tasks=["ifeval"], rows=rows_wanted, solutions=solutions, reference=True)
+    more = {"rows": {"start": 0, "stop": 12}, "samples": 1, "reference": True, "solutions": solutions}
+    wanted = settings(folder, tmp_path, tasks=["ifeval"], **more)
+    maker = _Maker(wanted)
+    problems = maker.problems("ifeval", Counter())
+    answer = "the bell rang twice and nobody came down to the harbour " * 2
+    for problem in problems:
+        maker.store.put(maker._draw(problem, 0)[0], {"problem": problem.name, "text": answer, "finish": "stop"})
     found = make_pairs(wanted)["tasks"]["ifeval"]
-    assert found["problems"] == 12
-    assert not found["unusable"]
-    assert not found["with_reference"]
+    assert (found["problems"], found["unusable"], found["with_reference"]) == (12, 0, 0)
+    followed = [problem.prompt for problem in problems if ifeval(problem.fields, answer).scores["strict"] == 1]
+    assert 0 < len(followed) < 12
+    assert [row["messages"][:-1] for row in read(solutions)] == followed
     for row in read(solutions):
-        request, answer = row["messages"]
+        request, given = row["messages"]
         asked = rows[row["provenance"]["line"] - 1]["instruction"]
         assert request["content"].startswith(f"{asked}\n\n")
-        assert said not in answer["content"]
+        assert given["content"] == answer
         assert row["provenance"]["instructions"]["prompt"] == request["content"]
-        assert row["provenance"]["answer"]["scores"]["strict"] == 1
-    assert found["solutions"] == len(read(solutions)) > 0
 
 
 def test_an_expert_alone_answers(folder: Path, tmp_path: Path) -> None:

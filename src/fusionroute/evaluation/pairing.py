@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusionroute.training.overlap import BenchmarkIndex
+from fusionroute.training.overlap import BenchmarkIndex, words
 
 # The metrics of an answer as a whole; the first is the one its task file calls primary.
 WHOLE = {"gsm8k": ("flexible", "strict"), "mbpp": ("flexible", "strict"), "ifeval": ("strict", "loose")}
 RIGHT, WRONG = "right", "wrong"
+FEWEST_WORDS = 15  # of an answer to a request with instructions
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,18 @@ def pair_up(rights: Sequence[Candidate], wrongs: Sequence[Candidate], most: int)
     return [(rights[r], wrongs[w]) for r, w in taken]
 
 
-def unfit(text: str, finish: str, index: BenchmarkIndex) -> str | None:
+def unfit(task: str, text: str, finish: str, index: BenchmarkIndex) -> str | None:
     """Why an answer is neither right nor wrong, whatever it says; None if the scorer decides.
 
-    One that ran into the limit of tokens would have, as a training text, an end that nobody wrote.
+    One that ran into the limit of tokens would have, as a training text, an end that nobody wrote; one of a few words
+    follows most of IFEval's instructions and answers no request.
     """
     if finish != "stop":
         return "cut off"
     if not text.strip():
         return "empty"
+    if task == "ifeval" and len(words(text)) < FEWEST_WORDS:
+        return "too short"
     return None if index.overlaps({"text": text}) is None else "overlapping"
 
 

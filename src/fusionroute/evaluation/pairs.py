@@ -313,7 +313,7 @@ class _Maker:
         return found
 
     def _candidate(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
-        reason = unfit(text, finish, self.index)
+        reason = unfit(problem.task, text, finish, self.index)
         if reason is not None:
             return Candidate(text, reason, {}, **drawn)
         score = self._score(problem, text)

@@ -36,7 +36,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many items of each benchmark.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with the benchmarks; else the Hub.")] = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Rows held out of training, to choose settings by: gsm8k and mbpp.")
+        bool, typer.Option("--held-out", help="Rows held out of training, to choose settings by: gsm8k, mbpp, ifeval.")
     ] = False,
     collection: Collection = None,
     sft: Annotated[Path | None, typer.Option(help="The collection after phase 1, for sft-only, no-complement.")] = None,

@@ -437,6 +437,12 @@ def test_without_punkt_nothing_is_asked(folder: Path, tmp_path: Path, monkeypatc
         make_pairs(settings(folder, tmp_path, tasks=["ifeval"]))
 
 
+def test_rows_that_are_all_held_out_are_said_to_be_that(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data" / "gsm8k" / "train.jsonl", answers_of(QUESTIONS))
+    with pytest.raises(FusionRouteError, match=r"8 rows that the recipes hold out: .* or --all-rows"):
+        make_pairs(settings(folder, tmp_path, all_rows=False))
+
+
 @pytest.mark.usefixtures("punkt")
 def test_a_defective_request_is_not_asked(folder: Path, tmp_path: Path) -> None:
     said = "Ahoy there, sailor! Welcome aboard, and mind the anchor while we cross the harbour."

@@ -146,6 +146,8 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
         hint = "draw more --samples"
         if not wanted.reference and set(wanted.tasks) != {"ifeval"}:
             hint += ", or take the --reference"
+        if not problems and any(count["held_out"] for count in counts.values()):
+            hint = "the recipes hold these rows out: choose others, or --all-rows"
         raise FusionRouteError(f"no pair for {wanted.out}: {'; '.join(describe(summary))}: {hint}")
     _write(wanted.out, rows)
     if wanted.solutions is not None:

@@ -21,7 +21,6 @@ from fusionroute.evaluation import report
 from fusionroute.evaluation.evaluate import Evaluation, evaluate
 from fusionroute.evaluation.names import ORACLE
 from fusionroute.evaluation.systems import every_name
-from fusionroute.training.rows import find_rows, parse_spec, shuffled
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -89,16 +88,6 @@ def test_every_key_of_a_shipped_recipe_is_commented(path: Path) -> None:
         seen.add(key)
         above = lines[number - 1].strip() if number else ""
         assert "#" in line or above.startswith("#") or key in UNCOMMENTED, line
-
-
-def test_shipped_solutions_are_of_no_held_out_problem() -> None:
-    """GSM8K's 7,473 training rows, all of which are read: the first 500 of the shuffle are held out."""
-    spec = parse_spec({"format": "messages", "path": "solutions/gsm8k.jsonl.gz", "domain": "math"})
-    found, left_out = find_rows(spec, SMOLLM2.parent)
-    held = {index + 1 for index in shuffled(7473, 0)[:500]}
-    assert (len(found), left_out) == (706, 0)
-    assert held.isdisjoint(each.raw["provenance"]["line"] for each in found)
-    assert all(each.raw["provenance"]["answer"]["scores"]["flexible"] == 1 for each in found)
 
 
 def test_a_missing_recipe() -> None:

@@ -31,10 +31,12 @@ def pairs(
     all_rows: Annotated[
         bool, typer.Option("--all-rows", help="Also problems that the recipes hold out of training.")
     ] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 4,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Answers to each problem; 0 takes the --reference alone, for --solutions.")
+    ] = 4,
     most: Annotated[int, typer.Option(min=1, help="Pairs of one problem, and solutions, at most.")] = 1,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Where no answer is right, the reference solution is.")
+        bool, typer.Option("--reference", help="Where no answer is right, a reference that is right is.")
     ] = False,
     expert: Annotated[str | None, typer.Option(help="This expert alone answers; the whole collection if none.")] = None,
     hint: Annotated[

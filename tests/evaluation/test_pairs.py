@@ -353,7 +353,7 @@ def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) ->
     rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(12)]
     write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
     solutions = tmp_path / "solutions.jsonl"
-    more = {"rows": {"start": 0, "stop": 12}, "samples": 1, "reference": True, "solutions": solutions}
+    more = {"rows": {"start": 0, "stop": 12}, "samples": 1, "reference": False, "solutions": solutions}
     wanted = settings(folder, tmp_path, tasks=["ifeval"], **more)
     maker = _Maker(wanted)
     problems = maker.problems("ifeval", Counter())
@@ -371,6 +371,27 @@ def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) ->
         assert request["content"].startswith(f"{asked}\n\n")
         assert given["content"] == answer
         assert row["provenance"]["instructions"]["prompt"] == request["content"]
+
+
+@pytest.mark.usefixtures("punkt")
+def test_without_samples_answers_are_edited_to_follow(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor. We cross the harbour at dawn. Bring a warm coat."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(20)]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    more = {"rows": {"start": 0, "stop": 20}, "samples": 0, "reference": True, "solutions": tmp_path / "s.jsonl"}
+    found = make_pairs(settings(folder, tmp_path, tasks=["ifeval"], **more))["tasks"]["ifeval"]
+    solutions = read(tmp_path / "s.jsonl")
+    # Those that no rule makes follow are not written, and are no fault of the checker's.
+    assert (found["pairs"], found["unusable"], found["solutions"]) == (0, 0, len(solutions))
+    assert 5 < len(solutions) < 20
+    for row in solutions:
+        scores = ifeval(row["provenance"]["instructions"], row["messages"][-1]["content"]).scores
+        assert (scores["strict"], row["provenance"]["answer"]["from"]) == (1, "reference")
+
+
+def test_no_samples_are_for_solutions_alone(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
+        make_pairs(settings(folder, tmp_path, samples=0, reference=True))
 
 
 def test_an_expert_alone_answers(folder: Path, tmp_path: Path) -> None:
@@ -470,5 +491,5 @@ _Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def test_instructions_have_no_reference_to_hint_at(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no reference solutions to hint at"):
+    with pytest.raises(UsageError, match="nothing to hint at"):
         make_pairs(settings(folder, tmp_path, tasks=["ifeval"], hint=True))

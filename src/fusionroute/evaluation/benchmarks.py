@@ -215,7 +215,7 @@ def load_rows(
         scoring.find_nltk_data(folder / "nltk_data")
     if "requests" in part:
         spec = parse_spec(part["requests"])
-        found, source = [raw for _, _, raw in with_instructions(spec, folder)[0]], spec.path
+        found, source = [asked.raw for asked in with_instructions(spec, folder)[0]], spec.path
     elif folder is None:
         found, source = _hub_rows(**part["hub"]), part["hub"]["path"]
     else:

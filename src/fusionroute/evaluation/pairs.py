@@ -44,10 +44,10 @@ class PairSettings:
         tasks: of `ROWS`.
         rows: fields of `DataSpec` that replace those in `ROWS` for every task: `start`, `stop`, `shuffle_seed`.
         limit: problems of each task, the first from `start` on; None is all.
-        samples: answers to each problem.
+        samples: answers to each problem; 0, with `reference` and `solutions`, takes the references alone.
         most: pairs, and solutions, of one problem.
         all_rows: also problems that the recipes hold out, which are left out otherwise.
-        reference: where no sample is right, the reference solution stands in.
+        reference: where no sample is right, the reference solution stands in, if the checker finds it right.
         expert: who answers, alone; None is the collection as it is.
         hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
             al., STaR, arXiv 2203.14465).
@@ -112,6 +112,8 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
     usable: list[tuple[Problem, Candidate | None]] = []
     for problem in _with_progress("checking references", problems):
         reference = maker.reference(problem)
+        if problem.task == "ifeval" and reference is not None and reference.verdict != RIGHT:
+            reference = None  # the edit failed, not the checker
         # A checker that finds the reference wrong says nothing about other answers.
         if problem.fields and (reference is None or reference.verdict == RIGHT):
             usable.append((problem, reference))
@@ -126,11 +128,11 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
         wrongs = [answer for answer in answers if answer.verdict == WRONG]
         count = counts[problem.task]
         count[_KINDS[bool(rights), bool(wrongs)]] += 1
+        if not rights and wanted.reference and reference is not None:
+            rights = [reference]
         solved = distinct(rights)[: wanted.most]
         count["solutions"] += len(solved)
         solutions += [maker.solution(problem, answer) for answer in solved]
-        if not rights and wanted.reference and reference is not None:
-            rights = [reference]
         for chosen, rejected in pair_up(rights, wrongs, wanted.most):
             count["pairs"] += 1
             count["with_reference"] += chosen is reference
@@ -144,7 +146,7 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
     }
     if not rows and not (solutions and wanted.solutions):
         hint = "draw more --samples"
-        if not wanted.reference and set(wanted.tasks) != {"ifeval"}:
+        if not wanted.reference:
             hint += ", or take the --reference"
         if not problems and any(count["held_out"] for count in counts.values()):
             hint = "the recipes hold these rows out: choose others, or --all-rows"
@@ -198,9 +200,11 @@ def _check(wanted: PairSettings) -> None:
     unknown = [task for task in wanted.tasks if task not in ROWS]
     if unknown or not wanted.tasks:
         raise UsageError(f"no pairs of {', '.join(unknown) or 'nothing'}: answers can be checked of {', '.join(ROWS)}")
+    alone = wanted.reference and wanted.solutions is not None
     for name in ("limit", "samples", "most", "max_new_tokens", "batch"):
-        if (value := getattr(wanted, name)) is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
+        least = 0 if name == "samples" and alone else 1
+        if (value := getattr(wanted, name)) is not None and value < least:
+            raise UsageError(f"{name} must be at least {least}, not {value}")
     for option, path in (("--out", wanted.out), ("--solutions", wanted.solutions)):
         if path is not None and path.is_dir():
             raise UsageError(f"{option} {path} is a folder: name a file, such as {path / 'pairs.jsonl'}")
@@ -211,7 +215,7 @@ def _check(wanted: PairSettings) -> None:
     if wanted.temperature == 0:
         raise UsageError("temperature must be above 0: greedy answers are all the same")
     if wanted.hint and "ifeval" in wanted.tasks:
-        raise UsageError("ifeval has no reference solutions to hint at: leave it out, or --hint")
+        raise UsageError("ifeval's references are edited by rule, nothing to hint at: leave it out, or --hint")
     if "mbpp" in wanted.tasks:
         require_isolation(wanted.unsafe)
 

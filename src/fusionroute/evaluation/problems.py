@@ -4,8 +4,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fusionroute.evaluation.edits import edited
 from fusionroute.evaluation.fields import checked
 from fusionroute.evaluation.instructions import instructed
 from fusionroute.evaluation.scoring import known_instructions
@@ -40,7 +41,8 @@ class Problem:
     Attributes:
         source, line: where its row stands.
         prompt: the messages, as in the training rows of its format; with instructions after the last for `ifeval`.
-        reference: the training row's answer; None for `ifeval`, whose instructions it was not written to.
+        reference: the training row's answer; for `ifeval`, whose instructions it was not written to, edited to follow
+            them, or None where no rule does that.
         fields: what the scorer compares with; empty if it can compare with nothing.
     """
 
@@ -82,27 +84,34 @@ def find_problems(
         found, ill_formed = with_instructions(spec, data, seed=seed)
     else:
         rows, ill_formed = find_rows(spec, data)
-        found = [(number, row, raw) for number, raw, row in rows]
-    overlapping = {place for place, _ in drop_overlapping([row for _, row, _ in found], index)[1]}
+        found = [Asked(number, row, raw, row["messages"][-1]["content"]) for number, raw, row in rows]
+    overlapping = {place for place, _ in drop_overlapping([asked.row for asked in found], index)[1]}
     held = set() if all_rows else _held_out(ROWS[task], data)
     problems = []
-    for place, (line, row, raw) in enumerate(found):
+    for place, (line, row, raw, reference) in enumerate(found):
         if place in overlapping or line in held:
             continue
-        *prompt, answer = row["messages"]
-        reference = None if task == "ifeval" else answer["content"]
+        prompt = row["messages"][:-1]
         fields, defect = checked(task, raw)
         problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, {} if defect else fields))
     left_out = {"ill_formed": ill_formed, "overlapping": len(overlapping)}
-    return problems, left_out | {"held_out": len(held & {line for line, _, _ in found})}
+    return problems, left_out | {"held_out": len(held & {asked.line for asked in found})}
 
 
-def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tuple[list[tuple[int, Row, Row]], int]:
+class Asked(NamedTuple):
+    """A row as a problem: its line, the chat row, the row as its checker wants it, and an answer that is known."""
+
+    line: int
+    row: Row
+    raw: Row
+    reference: str | None
+
+
+def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tuple[list[Asked], int]:
     """The requests of the rows of `spec` with instructions after each, drawn by `seed` and the row's place.
 
     Returns:
-        Of each its line, the chat row, whose answer follows no instruction, and the row of IFEval; and how many rows
-        were left out.
+        The requests, whose chat rows end in an answer that follows no instruction; and how many rows were left out.
 
     Raises:
         FusionRouteError: as `find_rows`.
@@ -115,7 +124,8 @@ def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tu
         raw = instructed(request["content"], answer["content"], chance, known_instructions())
         if raw is not None:
             asked = [*before, {**request, "content": raw["prompt"]}, answer]
-            made.append((line, {**row, "messages": asked}, raw))
+            follows = edited(request["content"], answer["content"], raw)
+            made.append(Asked(line, {**row, "messages": asked}, raw, follows))
     return made, left_out + len(found) - len(made)
 
 

@@ -42,6 +42,10 @@ def pairs(
     hint: Annotated[
         bool, typer.Option("--hint", help="Show the reference solution to who answers, and not in what is written.")
     ] = False,
+    edit: Annotated[
+        bool,
+        typer.Option("--edit", help="Of ifeval, ask without instructions and edit the answers to follow them."),
+    ] = False,
     temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -73,6 +77,7 @@ def pairs(
         reference=reference,
         expert=expert,
         hint=hint,
+        edit=edit,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

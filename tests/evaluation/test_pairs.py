@@ -389,6 +389,38 @@ def test_without_samples_answers_are_edited_to_follow(folder: Path, tmp_path: Pa
         assert (scores["strict"], row["provenance"]["answer"]["from"]) == (1, "reference")
 
 
+@pytest.mark.usefixtures("punkt")
+def test_samples_are_edited_to_follow_what_was_not_asked(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor. We cross the harbour at dawn. Bring a warm coat."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(20)]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    more = {"rows": {"start": 0, "stop": 20}, "samples": 1, "edit": True, "solutions": tmp_path / "s.jsonl"}
+    wanted = settings(folder, tmp_path, tasks=["ifeval"], **more)
+    maker = _Maker(wanted)
+    problems = maker.problems("ifeval", Counter())
+    assert maker._asked(problems[0])[-1]["content"].startswith("Greet guest ")
+    assert "at most six sentences" in maker._asked(problems[0])[-1]["content"]
+    assert problems[0].fields["prompt"] not in maker._asked(problems[0])[-1]["content"]
+    answer = "A ship lies below. Nobody came down to meet it. The bell rang twice. Come aboard whenever you like."
+    for problem in problems:
+        maker.store.put(maker._draw(problem, 0)[0], {"problem": problem.name, "text": answer, "finish": "stop"})
+    found = make_pairs(wanted)["tasks"]["ifeval"]
+    solutions = read(tmp_path / "s.jsonl")
+    assert 5 < len(solutions) == found["answers"]["right"]
+    assert found["answers"]["not edited"] > 0
+    for row in solutions:
+        fields, given = row["provenance"]["instructions"], row["messages"][-1]["content"]
+        assert row["messages"][0]["content"] == fields["prompt"]
+        assert ifeval(fields, given).scores["strict"] == 1
+        assert row["provenance"]["sampling"]["edit"] is True
+    assert sum(row["messages"][-1]["content"] != answer for row in solutions) > 3
+
+
+def test_only_answers_to_instructions_can_be_edited(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not those of gsm8k: drop --edit"):
+        make_pairs(settings(folder, tmp_path, tasks=["gsm8k"], edit=True))
+
+
 def test_no_samples_are_for_solutions_alone(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
         make_pairs(settings(folder, tmp_path, samples=0, reference=True))

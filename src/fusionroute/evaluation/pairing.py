@@ -1,5 +1,6 @@
 """Which answers to a problem are right or wrong, and which of them make a pair. Knows no model and no file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ from fusionroute.training.overlap import BenchmarkIndex, words
 WHOLE = {"gsm8k": ("flexible", "strict"), "mbpp": ("flexible", "strict"), "ifeval": ("strict", "loose")}
 RIGHT, WRONG = "right", "wrong"
 FEWEST_WORDS = 15  # of an answer to a request with instructions
+_REFUSAL = re.compile(
+    r"\bas an ai\b|\bi(?:'| a)m (?:just )?an ai\b|\bi(?:'| a)m sorry, but\b"
+    r"|^\W*i(?: cannot|'m unable| am (?:unable|not able|not capable))\b"
+)
+_REFUSED_WITHIN = 80  # characters
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ def pair_up(rights: Sequence[Candidate], wrongs: Sequence[Candidate], most: int)
 def unfit(task: str, text: str, finish: str, index: BenchmarkIndex) -> str | None:
     """Why an answer is neither right nor wrong, whatever it says; None if the scorer decides.
 
-    One that ran into the limit of tokens would have, as a training text, an end that nobody wrote; one of a few words
-    follows most of IFEval's instructions and answers no request.
+    One that ran into the limit of tokens would have, as a training text, an end that nobody wrote; one of a few words,
+    or one that refuses, follows most of IFEval's instructions and answers no request.
     """
     if finish != "stop":
         return "cut off"
@@ -67,6 +73,8 @@ def unfit(task: str, text: str, finish: str, index: BenchmarkIndex) -> str | Non
         return "empty"
     if task == "ifeval" and len(words(text)) < FEWEST_WORDS:
         return "too short"
+    if task == "ifeval" and _REFUSAL.search(text[:_REFUSED_WITHIN].lower()):
+        return "refusal"
     return None if index.overlaps({"text": text}) is None else "overlapping"
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fusionroute import collection as collections
 from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.benchmarks import PACKAGES, TASK_FILES
+from fusionroute.evaluation.edits import edited
 from fusionroute.evaluation.execution import Limits, require_isolation
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
@@ -51,6 +52,7 @@ class PairSettings:
         expert: who answers, alone; None is the collection as it is.
         hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
             al., STaR, arXiv 2203.14465).
+        edit: `ifeval` asks without the instructions, briefly, and answers are edited to follow these.
         seed: an answer's own seed is drawn from it, the prompt and the answer's number; so are ifeval's instructions.
         batch: answers written together.
         unsafe: run model-written code where nothing isolates it.
@@ -68,6 +70,7 @@ class PairSettings:
     reference: bool = False
     expert: str | None = None
     hint: bool = False
+    edit: bool = False
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
@@ -85,7 +88,8 @@ class PairSettings:
 
     def sampling(self) -> dict[str, Any]:
         """What an answer depends on beside weights, prompt and seed."""
-        names = ("temperature", "top_p", "max_new_tokens", "dtype", *(["hint"] if self.hint else []))
+        names = ["temperature", "top_p", "max_new_tokens", "dtype"]
+        names += [name for name in ("hint", "edit") if getattr(self, name)]
         return {name: getattr(self, name) for name in names}
 
 
@@ -216,6 +220,8 @@ def _check(wanted: PairSettings) -> None:
         raise UsageError("temperature must be above 0: greedy answers are all the same")
     if wanted.hint and "ifeval" in wanted.tasks:
         raise UsageError("ifeval's references are edited by rule, nothing to hint at: leave it out, or --hint")
+    if wanted.edit and set(wanted.tasks) != {"ifeval"}:
+        raise UsageError(f"only ifeval's answers can be edited, not those of {', '.join(wanted.tasks)}: drop --edit")
     if "mbpp" in wanted.tasks:
         require_isolation(wanted.unsafe)
 
@@ -294,6 +300,8 @@ class _Maker:
         return key_of("answer", self.identity, self._asked(problem), self.wanted.sampling(), seed), seed
 
     def _asked(self, problem: Problem) -> list[dict[str, str]]:
+        if self.wanted.edit:
+            return problem.brief()
         return problem.hinted() if self.wanted.hint else problem.prompt
 
     def reference(self, problem: Problem) -> Candidate | None:
@@ -310,13 +318,19 @@ class _Maker:
         for number in range(self.wanted.samples):
             key, seed = self._draw(problem, number)
             row = self.store.get(key)
-            if row is None:
-                found.append(Candidate("", "failed", {}, number, seed))
+            text = None if row is None else self._edited(problem, row["text"])
+            if row is None or text is None:
+                found.append(Candidate("", "failed" if row is None else "not edited", {}, number, seed))
             else:
-                answer = self._candidate(problem, row["text"], row["finish"], sample=number, seed=seed)
+                answer = self._candidate(problem, text, row["finish"], sample=number, seed=seed)
                 copied = self.wanted.hint and words(answer.text) == words(problem.reference or "")
                 found.append(replace(answer, verdict="copied") if copied else answer)
         return found
+
+    def _edited(self, problem: Problem, text: str) -> str | None:
+        if not self.wanted.edit or problem.request is None:
+            return text
+        return edited(problem.request, text, problem.fields)
 
     def _candidate(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
         reason = unfit(problem.task, text, finish, self.index)

@@ -33,6 +33,8 @@ Solve the problem yourself, as if you had not seen that, and come to the same re
 finds, in a few words, and its calculation. No headings and no code unless the problem asks for it. End with \
 the result."""
 
+BRIEF = "{request}\n\nAnswer in at most six sentences."
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -44,6 +46,7 @@ class Problem:
         reference: the training row's answer; for `ifeval`, whose instructions it was not written to, edited to follow
             them, or None where no rule does that.
         fields: what the scorer compares with; empty if it can compare with nothing.
+        request: what `ifeval` asks without its instructions; None of other tasks.
     """
 
     task: str
@@ -53,6 +56,7 @@ class Problem:
     prompt: list[dict[str, str]]
     reference: str | None
     fields: dict[str, Any]
+    request: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +66,11 @@ class Problem:
         """The messages with the reference solution shown."""
         *before, last = self.prompt
         return [*before, {**last, "content": HINTED.format(problem=last["content"], solution=self.reference)}]
+
+    def brief(self) -> list[dict[str, str]]:
+        """The messages without instructions, for a short answer that can be edited to follow them."""
+        *before, last = self.prompt
+        return [*before, {**last, "content": BRIEF.format(request=self.request)}]
 
 
 def find_problems(
@@ -88,23 +97,28 @@ def find_problems(
     overlapping = {place for place, _ in drop_overlapping([asked.row for asked in found], index)[1]}
     held = set() if all_rows else _held_out(ROWS[task], data)
     problems = []
-    for place, (line, row, raw, reference) in enumerate(found):
+    for place, (line, row, raw, reference, request) in enumerate(found):
         if place in overlapping or line in held:
             continue
         prompt = row["messages"][:-1]
         fields, defect = checked(task, raw)
-        problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, {} if defect else fields))
+        fields = {} if defect else fields
+        problems.append(
+            Problem(task, spec.path, line, spec.domain, prompt, reference, {} if defect else fields, request)
+        )
     left_out = {"ill_formed": ill_formed, "overlapping": len(overlapping)}
     return problems, left_out | {"held_out": len(held & {asked.line for asked in found})}
 
 
 class Asked(NamedTuple):
-    """A row as a problem: its line, the chat row, the row as its checker wants it, and an answer that is known."""
+    """A row as a problem: its line, the chat row, the row as its checker wants it, and an answer that is known; with
+    instructions also the request without them."""
 
     line: int
     row: Row
     raw: Row
     reference: str | None
+    request: str | None = None
 
 
 def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tuple[list[Asked], int]:
@@ -125,7 +139,7 @@ def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tu
         if raw is not None:
             asked = [*before, {**request, "content": raw["prompt"]}, answer]
             follows = edited(request["content"], answer["content"], raw)
-            made.append(Asked(line, {**row, "messages": asked}, raw, follows))
+            made.append(Asked(line, {**row, "messages": asked}, raw, follows, request["content"]))
     return made, left_out + len(found) - len(made)
 
 

@@ -42,6 +42,7 @@ def pairs(
     hint: Annotated[
         bool, typer.Option("--hint", help="Show the reference solution to who answers, and not in what is written.")
     ] = False,
+    draws: Annotated[int, typer.Option(min=1, help="Of ifeval, so many draws of instructions for each request.")] = 1,
     edit: Annotated[
         bool,
         typer.Option("--edit", help="Of ifeval, ask without instructions and edit the answers to follow them."),
@@ -60,7 +61,8 @@ def pairs(
 ) -> None:
     """Preference pairs from training problems: sample, check, keep right and wrong; resumes."""
     from fusionroute import collection as collections
-    from fusionroute.evaluation.pairs import PairSettings, describe, make_pairs
+    from fusionroute.evaluation.pair_settings import PairSettings
+    from fusionroute.evaluation.pairs import describe, make_pairs
 
     rows = {"start": start, "stop": stop, "shuffle_seed": shuffle_seed}
     wanted = PairSettings(
@@ -77,6 +79,7 @@ def pairs(
         reference=reference,
         expert=expert,
         hint=hint,
+        draws=draws,
         edit=edit,
         temperature=temperature,
         top_p=top_p,

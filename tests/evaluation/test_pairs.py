@@ -26,8 +26,9 @@ from fusionroute.errors import FusionRouteError, UsageError
 from fusionroute.evaluation.answering import load_engine
 from fusionroute.evaluation.benchmarks import TASK_FILES
 from fusionroute.evaluation.extraction import last_number
+from fusionroute.evaluation.pair_settings import PairSettings
 from fusionroute.evaluation.pairing import WHOLE, Candidate
-from fusionroute.evaluation.pairs import PairSettings, _Maker, describe, make_pairs
+from fusionroute.evaluation.pairs import _Maker, describe, make_pairs
 from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
 from fusionroute.evaluation.scoring import ifeval
 from fusionroute.recipe import load_recipe
@@ -414,6 +415,25 @@ def test_samples_are_edited_to_follow_what_was_not_asked(folder: Path, tmp_path:
         assert ifeval(fields, given).scores["strict"] == 1
         assert row["provenance"]["sampling"]["edit"] is True
     assert sum(row["messages"][-1]["content"] != answer for row in solutions) > 3
+
+
+@pytest.mark.usefixtures("punkt")
+def test_one_answer_is_edited_for_every_draw_of_instructions(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor. We cross the harbour at dawn. Bring a warm coat."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(4)]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    more = {"rows": {"start": 0, "stop": 4}, "samples": 1, "draws": 5, "edit": True}
+    maker = _Maker(settings(folder, tmp_path, tasks=["ifeval"], **more))
+    count: Counter[str] = Counter()
+    problems = maker.problems("ifeval", count)
+    assert count["problems"] == len(problems) == len({problem.prompt[-1]["content"] for problem in problems})
+    assert 12 < len(problems) <= 20
+    assert len({maker._draw(problem, 0) for problem in problems}) == 4
+
+
+def test_draws_are_of_instructions(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--draws 2 is for ifeval's instructions"):
+        make_pairs(settings(folder, tmp_path, tasks=["gsm8k"], draws=2))
 
 
 def test_only_answers_to_instructions_can_be_edited(folder: Path, tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fusionroute import collection as collections
-from fusionroute.errors import FusionRouteError, UsageError
+from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation.benchmarks import PACKAGES, TASK_FILES
 from fusionroute.evaluation.edits import edited
-from fusionroute.evaluation.execution import Limits, require_isolation
+from fusionroute.evaluation.execution import Limits
 from fusionroute.evaluation.names import OURS
+from fusionroute.evaluation.pair_settings import PairSettings
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
 from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
 from fusionroute.evaluation.scoring import SCORERS, known_instructions, require_nltk_data
@@ -32,65 +33,6 @@ from fusionroute.training.overlap import BenchmarkIndex, benchmark_files, words
 from fusionroute.training.rows import parse_spec
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """What to make pairs of, and how.
-
-    Attributes:
-        out: the file of pairs; `NAME.samples.jsonl` beside it keeps answers and verdicts.
-        solutions: a file for right answers too, as chat rows: an expert can be trained on what it solved itself.
-        data: folder with the files of `ROWS`, and the test files that nothing may share text with.
-        tasks: of `ROWS`.
-        rows: fields of `DataSpec` that replace those in `ROWS` for every task: `start`, `stop`, `shuffle_seed`.
-        limit: problems of each task, the first from `start` on; None is all.
-        samples: answers to each problem; 0, with `reference` and `solutions`, takes the references alone.
-        most: pairs, and solutions, of one problem.
-        all_rows: also problems that the recipes hold out, which are left out otherwise.
-        reference: where no sample is right, the reference solution stands in, if the checker finds it right.
-        expert: who answers, alone; None is the collection as it is.
-        hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
-            al., STaR, arXiv 2203.14465).
-        edit: `ifeval` asks without the instructions, briefly, and answers are edited to follow these.
-        seed: an answer's own seed is drawn from it, the prompt and the answer's number; so are ifeval's instructions.
-        batch: answers written together.
-        unsafe: run model-written code where nothing isolates it.
-    """
-
-    collection: Path
-    out: Path
-    data: Path
-    tasks: Sequence[str] = ("gsm8k", "mbpp")
-    rows: Mapping[str, Any] = field(default_factory=dict)
-    limit: int | None = None
-    samples: int = 4
-    most: int = 1
-    all_rows: bool = False
-    reference: bool = False
-    expert: str | None = None
-    hint: bool = False
-    edit: bool = False
-    temperature: float = 0.8
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 400
-    batch: int = 32
-    dtype: str | None = None
-    base: str | None = None
-    unsafe: bool = False
-    solutions: Path | None = None
-
-    @property
-    def samples_file(self) -> Path:
-        """Where answers and verdicts are kept."""
-        return self.out.with_suffix(".samples.jsonl")
-
-    def sampling(self) -> dict[str, Any]:
-        """What an answer depends on beside weights, prompt and seed."""
-        names = ["temperature", "top_p", "max_new_tokens", "dtype"]
-        names += [name for name in ("hint", "edit") if getattr(self, name)]
-        return {name: getattr(self, name) for name in names}
 
 
 def make_pairs(wanted: PairSettings) -> dict[str, Any]:
@@ -108,7 +50,7 @@ def make_pairs(wanted: PairSettings) -> dict[str, Any]:
         UsageError: an unknown task or an impossible setting; nothing isolates model-written code.
         FusionRouteError: data that cannot be read, a disk that fills, or not one pair.
     """
-    _check(wanted)
+    wanted.check()
     maker = _Maker(wanted)
     counts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
     verdicts: dict[str, Counter[str]] = {task: Counter() for task in wanted.tasks}
@@ -198,34 +140,6 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check(wanted: PairSettings) -> None:
-    from fusionroute.decoding.sampling import Sampling
-
-    unknown = [task for task in wanted.tasks if task not in ROWS]
-    if unknown or not wanted.tasks:
-        raise UsageError(f"no pairs of {', '.join(unknown) or 'nothing'}: answers can be checked of {', '.join(ROWS)}")
-    alone = wanted.reference and wanted.solutions is not None
-    for name in ("limit", "samples", "most", "max_new_tokens", "batch"):
-        least = 0 if name == "samples" and alone else 1
-        if (value := getattr(wanted, name)) is not None and value < least:
-            raise UsageError(f"{name} must be at least {least}, not {value}")
-    for option, path in (("--out", wanted.out), ("--solutions", wanted.solutions)):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{option} {path} is a folder: name a file, such as {path / 'pairs.jsonl'}")
-    others = {path.resolve() for path in (wanted.out, wanted.samples_file)}
-    if wanted.solutions is not None and wanted.solutions.resolve() in others:
-        raise UsageError(f"--solutions {wanted.solutions} holds the pairs or their answers: name another file")
-    Sampling(wanted.temperature, top_p=wanted.top_p)
-    if wanted.temperature == 0:
-        raise UsageError("temperature must be above 0: greedy answers are all the same")
-    if wanted.hint and "ifeval" in wanted.tasks:
-        raise UsageError("ifeval's references are edited by rule, nothing to hint at: leave it out, or --hint")
-    if wanted.edit and set(wanted.tasks) != {"ifeval"}:
-        raise UsageError(f"only ifeval's answers can be edited, not those of {', '.join(wanted.tasks)}: drop --edit")
-    if "mbpp" in wanted.tasks:
-        require_isolation(wanted.unsafe)
-
-
 class _Maker:
     """What is known while pairs are made: the weights that answer, the test items, and the store."""
 
@@ -251,9 +165,14 @@ class _Maker:
         if wanted.limit is not None:
             last = spec.start + wanted.limit
             spec = spec.model_copy(update={"stop": last if spec.stop is None else min(last, spec.stop)})
-        found, left_out = find_problems(task, spec, wanted.data, self.index, seed=wanted.seed, all_rows=wanted.all_rows)
-        count.update(left_out, problems=len(found))
-        return found
+        problems: list[Problem] = []
+        for draw in range(wanted.draws if task == "ifeval" else 1):
+            seed = wanted.seed + draw
+            found, left_out = find_problems(task, spec, wanted.data, self.index, seed=seed, all_rows=wanted.all_rows)
+            count.update(left_out if draw == 0 else {})
+            problems += [problem for problem in found if problem not in problems]
+        count["problems"] = len(problems)
+        return problems
 
     def sample(self, problems: Sequence[Problem]) -> None:
         """Write the answers that are missing; one that fails is tried again by the next run."""
@@ -296,7 +215,9 @@ class _Maker:
 
     def _draw(self, problem: Problem, number: int) -> tuple[str, int]:
         """Key and seed of an answer."""
-        seed = int(key_of("seed", self.wanted.seed, problem.prompt, number)[:8], 16)
+        # What is edited afterwards is one answer, whatever instructions were drawn.
+        about = problem.brief() if self.wanted.edit else problem.prompt
+        seed = int(key_of("seed", self.wanted.seed, about, number)[:8], 16)
         return key_of("answer", self.identity, self._asked(problem), self.wanted.sampling(), seed), seed
 
     def _asked(self, problem: Problem) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ def pairs(
     tasks: Annotated[
         str, typer.Option("--tasks", help="Whose problems, by commas: gsm8k, mbpp, ifeval.")
     ] = "gsm8k,mbpp",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many problems of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows of each task.")] = None,
     start: Annotated[
         int | None, typer.Option(min=0, help="First row; 500 of gsm8k's, 0 of mbpp's, 150 of ifeval's if none.")
     ] = None,

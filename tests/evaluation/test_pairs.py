@@ -302,7 +302,7 @@ def test_limit_and_start_choose_the_problems(folder: Path, tmp_path: Path) -> No
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 1.5}, "top_p must be in"),
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": -1}, "samples must be at least 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(more: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
@@ -375,7 +375,10 @@ def test_instructions_are_asked_for_and_checked(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("punkt")
-def test_without_samples_answers_are_edited_to_follow(folder: Path, tmp_path: Path) -> None:
+def test_without_samples_answers_are_edited_to_follow(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusionroute.evaluation.answering.load_engine", lambda *_: pytest.fail("a model is loaded"))
     said = "Ahoy there, sailor! Welcome aboard, and mind the anchor. We cross the harbour at dawn. Bring a warm coat."
     rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(20)]
     write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
@@ -431,18 +434,44 @@ def test_one_answer_is_edited_for_every_draw_of_instructions(folder: Path, tmp_p
     assert len({maker._draw(problem, 0) for problem in problems}) == 4
 
 
+@pytest.mark.usefixtures("punkt")
+def test_a_refusal_is_none_however_it_is_edited(folder: Path, tmp_path: Path) -> None:
+    said = "Ahoy there, sailor! Welcome aboard, and mind the anchor. We cross the harbour at dawn. Bring a warm coat."
+    rows = [{"instruction": f"Greet guest {number}.", "input": "", "response": said} for number in range(20)]
+    write(tmp_path / "data" / "gpteacher" / "roleplay.jsonl", rows)
+    maker = _Maker(settings(folder, tmp_path, tasks=["ifeval"], rows={"start": 0, "stop": 20}, edit=True))
+    refusal = (
+        "I'm sorry, but as an AI language model I greet nobody. " + "I have no feelings about anybody at all. " * 3
+    )
+    found = [maker._sampled(problem, refusal, "stop") for problem in maker.problems("ifeval", Counter())]
+    assert {answer.verdict for answer in found} == {"refusal"}
+    cut = [maker._sampled(problem, said, "length") for problem in maker.problems("ifeval", Counter())]
+    assert {answer.verdict for answer in cut} == {"cut off"}
+
+
+def test_nobody_is_asked_what_nobody_answers(folder: Path, tmp_path: Path) -> None:
+    more = {"samples": 0, "reference": True, "solutions": tmp_path / "s.jsonl", "edit": True}
+    with pytest.raises(UsageError, match="asks nobody: drop --edit"):
+        make_pairs(settings(folder, tmp_path, tasks=["ifeval"], **more))
+
+
+def test_a_hint_and_its_reference_are_not_both_solutions(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="drop it or --hint"):
+        make_pairs(settings(folder, tmp_path, reference=True, hint=True, solutions=tmp_path / "s.jsonl"))
+
+
 def test_draws_are_of_instructions(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--draws 2 is for ifeval's instructions"):
         make_pairs(settings(folder, tmp_path, tasks=["gsm8k"], draws=2))
 
 
 def test_only_answers_to_instructions_can_be_edited(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not those of gsm8k: drop --edit"):
+    with pytest.raises(UsageError, match="answers to gsm8k cannot be edited"):
         make_pairs(settings(folder, tmp_path, tasks=["gsm8k"], edit=True))
 
 
 def test_no_samples_are_for_solutions_alone(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
+    with pytest.raises(UsageError, match="add --reference and --solutions"):
         make_pairs(settings(folder, tmp_path, samples=0, reference=True))
 
 
@@ -542,6 +571,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
-def test_instructions_have_no_reference_to_hint_at(folder: Path, tmp_path: Path) -> None:
+def test_instructions_have_nothing_to_hint_at(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to hint at"):
         make_pairs(settings(folder, tmp_path, tasks=["ifeval"], hint=True))

@@ -1,135 +1,127 @@
-"""A training row's answer, edited until it follows the instructions that its request was given (`instructions`).
+"""A text edited until it follows the instructions that its request was given (`instructions`).
 
 Most of IFEval's instructions are about the form of an answer, and form can be given to a text by rule; what sounds
 forced in it is what an instruction forces. Whether the outcome follows is for the checker to say, not for these rules:
-two instructions may get in each other's way. Knows no model and no file.
+two instructions may get in each other's way. Counts are the checker's, odd ones included. Knows no model and no file.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from string import capwords
 from typing import Any
 
-Edit = Callable[[str, Mapping[str, Any], str], str | None]
+Edit = Callable[[str, Mapping[str, Any]], str | None]
 
-_SENTENCE = re.compile(r"(?<=[.!?])(?<!\d\.)\s+")  # "1. " begins a point
+# A sentence ends there, but not after "1." at the head of a point or after a title.
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!\d\.)(?<!\bDr\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bMrs\.)(?<!\bSt\.)(?<!\bvs\.)\s+")
+_POINT = re.compile(r"^\s*[*-]\s+", re.MULTILINE)
 _TITLE_WORDS = 6
 _LONG = 5  # letters of a word worth standing out
 
+_POSTSCRIPT, _TITLE = "detectable_content:postscript", "detectable_format:title"
 
-def edited(request: str, answer: str, row: Mapping[str, Any]) -> str | None:
-    """The answer with the form that the instructions want.
+
+def edited(answer: str, row: Mapping[str, Any]) -> str | None:
+    """The answer with the form that the instructions of `row` want.
 
     Args:
-        request: what was asked before instructions were added.
-        answer: to that request.
         row: of IFEval, as `instructed` makes it.
 
     Returns:
         The new answer, which most often but not always follows; None where no rule makes one that does.
     """
     wanted = dict(zip(row["instruction_id_list"], row["kwargs"], strict=True))
-    if not set(wanted) <= set(EDITS):
+    if not set(wanted) <= EDITED:
         return None
-    text: str | None = answer
-    # In the table's order, whatever order the instructions stand in: content, then structure, then what wraps it all.
-    for kind in EDITS:
+    # In the tables' order, whatever order the instructions stand in: what wraps a text must not be cut up after.
+    text = _all(CONTENT, wanted, answer)
+    if text is None:
+        return None
+    title, last = _title(text), ""
+    if _POSTSCRIPT in wanted:  # the last sentence is what is added
+        ends = list(_SENTENCE.finditer(text.rstrip()))
+        if not ends:
+            return None
+        last = f"\n\n{wanted[_POSTSCRIPT]['postscript_marker']} {text[ends[-1].end() :]}"
+        text = text[: ends[-1].start()]
+    text = _all(STRUCTURE, wanted, text)
+    if text is None:
+        return None
+    return _all(WRAPPING, wanted, f"<<{title}>>\n\n{text}{last}" if _TITLE in wanted else text + last)
+
+
+def _all(edits: Mapping[str, Edit], wanted: Mapping[str, Mapping[str, Any]], text: str | None) -> str | None:
+    for kind, edit in edits.items():
         if kind in wanted and text is not None:
-            text = EDITS[kind](text, wanted[kind], request)
+            text = edit(text, wanted[kind])
     return text
+
+
+# ---- content
 
 
 def _sentences(text: str) -> list[str]:
     return _SENTENCE.split(text.strip())
 
 
-def _says(text: str, word: str) -> bool:
-    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
-
-
-def _without(text: str, unwanted: Callable[[str], bool]) -> str | None:
-    """The sentences that are not unwanted, if those are most of them."""
+def _kept(text: str, keep: Callable[[str], bool], *, most: bool = True) -> str | None:
+    """The sentences that are to be kept; None if these are none, or with `most` half of them at most."""
     sentences = _sentences(text)
-    kept = [sentence for sentence in sentences if not unwanted(sentence)]
-    return " ".join(kept) if 2 * len(kept) > len(sentences) else None
+    kept = [sentence for sentence in sentences if keep(sentence)]
+    if len(kept) == len(sentences):
+        return text
+    return " ".join(kept) if kept and (2 * len(kept) > len(sentences) or not most) else None
 
 
-def _as_it_is(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _as_it_is(text: str, wanted: Mapping[str, Any]) -> str:
     """Nothing to do: the checker tells the answers that follow already."""
     return text
 
 
-def _no_forbidden(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
-    return _without(text, lambda sentence: any(_says(sentence, word) for word in wanted["forbidden_words"]))
+def _no_forbidden(text: str, wanted: Mapping[str, Any]) -> str | None:
+    words = re.compile(rf"\b(?:{'|'.join(map(re.escape, wanted['forbidden_words']))})\b", re.IGNORECASE)
+    return _kept(text, lambda sentence: words.search(sentence) is None)
 
 
-def _seldom(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _first(text: str, most: int, count: Callable[[str], int]) -> str | None:
+    """The first sentences, as many as together count `most` at most."""
+    left = most
+
+    def keep(sentence: str) -> bool:
+        nonlocal left
+        left -= count(sentence)
+        return left >= 0
+
+    return _kept(text, keep, most=False)
+
+
+def _seldom(text: str, wanted: Mapping[str, Any]) -> str | None:
     if wanted["relation"] == "at least":
         return text
-    left = wanted["frequency"] - 1
-    kept = []
-    for sentence in _sentences(text):
-        found = len(re.findall(rf"\b{re.escape(wanted['keyword'])}\b", sentence, re.IGNORECASE))
-        if found <= left:
-            kept.append(sentence)
-            left -= found
-    return " ".join(kept) or None
+    word, left = wanted["keyword"].lower(), wanted["frequency"] - 1
+
+    def keep(sentence: str) -> bool:
+        nonlocal left
+        found = sentence.lower().count(word)  # within other words too: "ship" comes in "shipping"
+        fits = found <= left
+        left -= found if fits else 0
+        return fits
+
+    return _kept(text, keep)
 
 
-def _fewer_words(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _fewer_words(text: str, wanted: Mapping[str, Any]) -> str | None:
     if wanted["relation"] == "at least":
         return text
-    kept: list[str] = []
-    for sentence in _sentences(text):
-        if len(" ".join([*kept, sentence]).split()) >= wanted["num_words"]:
-            break
-        kept.append(sentence)
-    return " ".join(kept) or None
+    return _first(text, wanted["num_words"] - 1, lambda sentence: len(re.findall(r"\w+", sentence)))
 
 
-def _fewer_sentences(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _fewer_sentences(text: str, wanted: Mapping[str, Any]) -> str | None:
     if wanted["relation"] == "at least":
         return text
-    return " ".join(_sentences(text)[: wanted["num_sentences"] - 1])
-
-
-def _parts(text: str, count: int) -> list[str] | None:
-    """The sentences in so many parts of about the same length; None if there are fewer."""
-    sentences = _sentences(text)
-    if len(sentences) < count:
-        return None
-    ends = [round(len(sentences) * part / count) for part in range(count + 1)]
-    return [" ".join(sentences[start:end]) for start, end in pairwise(ends)]
-
-
-def _paragraphs(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
-    parts = _parts(text, wanted["num_paragraphs"])
-    return None if parts is None else "\n***\n".join(parts)
-
-
-def _sections(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
-    parts = _parts(text, wanted["num_sections"])
-    if parts is None:
-        return None
-    return "\n\n".join(f"{wanted['section_spliter']} {number}\n{part}" for number, part in enumerate(parts, 1))
-
-
-def _bullets(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
-    """The last sentences as points, those before them as what introduces them."""
-    sentences = _sentences(text.replace("*", ""))
-    count = wanted["num_bullets"]
-    if len(sentences) < count:
-        return None
-    points = "\n".join(f"* {sentence}" for sentence in sentences[-count:])
-    before = " ".join(sentences[:-count])
-    return f"{before}\n\n{points}" if before else points
-
-
-def _postscript(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
-    """The last sentence is what is added."""
-    *before, last = _sentences(text)
-    return f"{' '.join(before)}\n\n{wanted['postscript_marker']} {last}" if before else None
+    return _first(text, wanted["num_sentences"] - 1, lambda sentence: 1)
 
 
 def _marked(text: str, count: int, mark: Callable[[str], str]) -> str | None:
@@ -144,69 +136,108 @@ def _marked(text: str, count: int, mark: Callable[[str], str]) -> str | None:
     return text
 
 
-def _capitals(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _capitals(text: str, wanted: Mapping[str, Any]) -> str | None:
     if wanted["capital_relation"] != "at least":
         return text
     return _marked(text, wanted["capital_frequency"], str.upper)
 
 
-def _placeholders(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _placeholders(text: str, wanted: Mapping[str, Any]) -> str | None:
     return _marked(text, wanted["num_placeholders"], lambda word: f"[{word.lower()}]")
 
 
-def _highlights(text: str, wanted: Mapping[str, Any], request: str) -> str | None:
+def _highlights(text: str, wanted: Mapping[str, Any]) -> str | None:
     return _marked(text, wanted["num_highlights"], lambda word: f"*{word}*")
 
 
-def _title(text: str, wanted: Mapping[str, Any], request: str) -> str:
-    words = re.findall(r"[A-Za-z']+", _sentences(text)[0])[:_TITLE_WORDS]
-    return f"<<{' '.join(words).title()}>>\n\n{text}"
+# ---- structure
 
 
-def _ended(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _parts(text: str, count: int) -> list[str] | None:
+    """The sentences in so many parts of about the same length; None if there are fewer."""
+    sentences = _sentences(text)
+    if len(sentences) < count:
+        return None
+    ends = [round(len(sentences) * part / count) for part in range(count + 1)]
+    return [" ".join(sentences[start:end]) for start, end in pairwise(ends)]
+
+
+def _bullets(text: str, wanted: Mapping[str, Any]) -> str | None:
+    """The last sentences as points, those before them as what introduces them."""
+    sentences = _sentences(_POINT.sub("", text))
+    count = wanted["num_bullets"]
+    if len(sentences) < count:
+        return None
+    points = "\n".join(f"* {sentence}" for sentence in sentences[-count:])
+    before = " ".join(sentences[:-count])
+    return f"{before}\n\n{points}" if before else points
+
+
+def _paragraphs(text: str, wanted: Mapping[str, Any]) -> str | None:
+    parts = _parts(text, wanted["num_paragraphs"])
+    return None if parts is None else "\n***\n".join(parts)
+
+
+def _sections(text: str, wanted: Mapping[str, Any]) -> str | None:
+    parts = _parts(text, wanted["num_sections"])
+    if parts is None:
+        return None
+    return "\n\n".join(f"{wanted['section_spliter']} {number}\n{part}" for number, part in enumerate(parts, 1))
+
+
+def _title(text: str) -> str:
+    return capwords(" ".join(re.findall(r"[A-Za-z']+", _sentences(text)[0])[:_TITLE_WORDS]))
+
+
+# ---- what wraps it all
+
+
+def _ended(text: str, wanted: Mapping[str, Any]) -> str:
     return f"{text.rstrip()} {wanted['end_phrase']}"
 
 
-def _without_commas(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _without_commas(text: str, wanted: Mapping[str, Any]) -> str:
     return text.replace(",", "")
 
 
-def _lower(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _lower(text: str, wanted: Mapping[str, Any]) -> str:
     return text.lower()
 
 
-def _upper(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _upper(text: str, wanted: Mapping[str, Any]) -> str:
     return text.upper()
 
 
-def _json(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _json(text: str, wanted: Mapping[str, Any]) -> str:
     return json.dumps({"answer": text}, ensure_ascii=False, indent=2)
 
 
-def _quoted(text: str, wanted: Mapping[str, Any], request: str) -> str:
-    return '"' + text.replace('"', "'") + '"'
-
-
-def _repeated(text: str, wanted: Mapping[str, Any], request: str) -> str:
+def _repeated(text: str, wanted: Mapping[str, Any]) -> str:
     return f"{wanted['prompt_to_repeat']}\n\n{text}"
 
 
+def _quoted(text: str, wanted: Mapping[str, Any]) -> str:
+    return '"' + text.replace('"', "'") + '"'
+
+
 # Another language, two answers and a paragraph's first word are beyond rules.
-EDITS: Mapping[str, Edit] = {
+CONTENT: Mapping[str, Edit] = {
     "keywords:existence": _as_it_is,
     "keywords:letter_frequency": _as_it_is,
     "keywords:forbidden_words": _no_forbidden,
     "keywords:frequency": _seldom,
     "length_constraints:number_words": _fewer_words,
     "length_constraints:number_sentences": _fewer_sentences,
-    "detectable_format:number_bullet_lists": _bullets,
-    "length_constraints:number_paragraphs": _paragraphs,
-    "detectable_format:multiple_sections": _sections,
-    "detectable_content:postscript": _postscript,
     "detectable_content:number_placeholders": _placeholders,
     "detectable_format:number_highlighted_sections": _highlights,
     "change_case:capital_word_frequency": _capitals,
-    "detectable_format:title": _title,
+}
+STRUCTURE: Mapping[str, Edit] = {
+    "detectable_format:number_bullet_lists": _bullets,
+    "length_constraints:number_paragraphs": _paragraphs,
+    "detectable_format:multiple_sections": _sections,
+}
+WRAPPING: Mapping[str, Edit] = {
     "startend:end_checker": _ended,
     "punctuation:no_comma": _without_commas,
     "change_case:english_lowercase": _lower,
@@ -215,3 +246,4 @@ EDITS: Mapping[str, Edit] = {
     "combination:repeat_prompt": _repeated,
     "startend:quotation": _quoted,
 }
+EDITED = {*CONTENT, _POSTSCRIPT, *STRUCTURE, _TITLE, *WRAPPING}

@@ -16,11 +16,11 @@ class PairSettings:
 
     Attributes:
         out: the file of pairs; `NAME.samples.jsonl` beside it keeps answers and verdicts.
-        solutions: a file for right answers too, as chat rows: an expert can be trained on what it solved itself.
+        solutions: a file for right answers too, references that stand in included, as chat rows for an expert.
         data: folder with the files of `ROWS`, and the test files that nothing may share text with.
         tasks: of `ROWS`.
         rows: fields of `DataSpec` that replace those in `ROWS` for every task: `start`, `stop`, `shuffle_seed`.
-        limit: problems of each task, the first from `start` on; None is all.
+        limit: rows of each task, the first from `start` on; None is all.
         samples: answers to each problem; 0, with `reference` and `solutions`, takes the references alone.
         most: pairs, and solutions, of one problem.
         all_rows: also problems that the recipes hold out, which are left out otherwise.
@@ -28,7 +28,7 @@ class PairSettings:
         expert: who answers, alone; None is the collection as it is.
         hint: the reference solution is shown to who answers, and not in what is written (rationalisation; Zelikman et
             al., STaR, arXiv 2203.14465).
-        draws: of instructions for each request of `ifeval`, each a problem of its own.
+        draws: of instructions for each request of `ifeval`, with seeds from `seed` on; each is a problem of its own.
         edit: `ifeval` asks without the instructions, briefly, and answers are edited to follow these.
         seed: an answer's own seed is drawn from it, the prompt and the answer's number; so are ifeval's instructions.
         batch: answers written together.
@@ -83,24 +83,33 @@ class PairSettings:
             raise UsageError(
                 f"no pairs of {', '.join(unknown) or 'nothing'}: answers can be checked of {', '.join(ROWS)}"
             )
-        alone = self.reference and self.solutions is not None
         for name in ("limit", "samples", "most", "draws", "max_new_tokens", "batch"):
-            least = 0 if name == "samples" and alone else 1
+            least = 0 if name == "samples" else 1
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, not {value}")
+        if self.samples < 1 and not (self.reference and self.solutions is not None):
+            raise UsageError(f"samples {self.samples} takes references alone: add --reference and --solutions FILE")
+        if self.samples < 1 and (self.edit or self.hint):
+            raise UsageError(f"samples {self.samples} asks nobody: drop --edit and --hint")
         for option, path in (("--out", self.out), ("--solutions", self.solutions)):
             if path is not None and path.is_dir():
                 raise UsageError(f"{option} {path} is a folder: name a file, such as {path / 'pairs.jsonl'}")
-        others = {path.resolve() for path in (self.out, self.samples_file)}
-        if self.solutions is not None and self.solutions.resolve() in others:
+        ours = {path.resolve() for path in (self.out, self.samples_file)}
+        if self.solutions is not None and self.solutions.resolve() in ours:
             raise UsageError(f"--solutions {self.solutions} holds the pairs or their answers: name another file")
         Sampling(self.temperature, top_p=self.top_p)
         if self.temperature == 0:
             raise UsageError("temperature must be above 0: greedy answers are all the same")
         if self.hint and "ifeval" in self.tasks:
             raise UsageError("ifeval's references are edited by rule, nothing to hint at: leave it out, or --hint")
-        if self.edit and set(self.tasks) != {"ifeval"}:
-            raise UsageError(f"only ifeval's answers can be edited, not those of {', '.join(self.tasks)}: drop --edit")
+        if self.hint and self.reference and self.solutions is not None:
+            raise UsageError(
+                "hinted answers that copy the reference are no solutions, nor is the reference: drop it or --hint"
+            )
+        if self.edit and (others := [task for task in self.tasks if task != "ifeval"]):
+            raise UsageError(
+                f"answers to {', '.join(others)} cannot be edited to be right: --tasks ifeval alone, or no --edit"
+            )
         if self.draws > 1 and "ifeval" not in self.tasks:
             raise UsageError(f"--draws {self.draws} is for ifeval's instructions: add ifeval to --tasks, or drop it")
         if "mbpp" in self.tasks:

@@ -24,7 +24,7 @@ from fusionroute.evaluation.execution import Limits
 from fusionroute.evaluation.names import OURS
 from fusionroute.evaluation.pair_settings import PairSettings
 from fusionroute.evaluation.pairing import RIGHT, WRONG, Candidate, distinct, pair_up, unfit, verdict
-from fusionroute.evaluation.problems import HINTED, ROWS, Problem, find_problems
+from fusionroute.evaluation.problems import BRIEF, HINTED, ROWS, Problem, find_problems
 from fusionroute.evaluation.scoring import SCORERS, known_instructions, require_nltk_data
 from fusionroute.evaluation.store import Store, key_of
 from fusionroute.evaluation.systems import Sources, find
@@ -169,7 +169,8 @@ class _Maker:
         for draw in range(wanted.draws if task == "ifeval" else 1):
             seed = wanted.seed + draw
             found, left_out = find_problems(task, spec, wanted.data, self.index, seed=seed, all_rows=wanted.all_rows)
-            count.update(left_out if draw == 0 else {})
+            if draw == 0:
+                count.update(left_out)
             problems += [problem for problem in found if problem not in problems]
         count["problems"] = len(problems)
         return problems
@@ -239,19 +240,23 @@ class _Maker:
         for number in range(self.wanted.samples):
             key, seed = self._draw(problem, number)
             row = self.store.get(key)
-            text = None if row is None else self._edited(problem, row["text"])
-            if row is None or text is None:
-                found.append(Candidate("", "failed" if row is None else "not edited", {}, number, seed))
+            if row is None:
+                found.append(Candidate("", "failed", {}, number, seed))
             else:
-                answer = self._candidate(problem, text, row["finish"], sample=number, seed=seed)
-                copied = self.wanted.hint and words(answer.text) == words(problem.reference or "")
-                found.append(replace(answer, verdict="copied") if copied else answer)
+                found.append(self._sampled(problem, row["text"], row["finish"], sample=number, seed=seed))
         return found
 
-    def _edited(self, problem: Problem, text: str) -> str | None:
-        if not self.wanted.edit or problem.request is None:
-            return text
-        return edited(problem.request, text, problem.fields)
+    def _sampled(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
+        if self.wanted.edit:
+            # As it was written: edited, a refusal looks like an answer.
+            reason = unfit(problem.task, text, finish, self.index)
+            new = edited(text, problem.fields)
+            if reason is not None or new is None:
+                return Candidate(text, reason or "not edited", {}, **drawn)
+            text = new
+        answer = self._candidate(problem, text, finish, **drawn)
+        copied = self.wanted.hint and words(answer.text) == words(problem.reference or "")
+        return replace(answer, verdict="copied") if copied else answer
 
     def _candidate(self, problem: Problem, text: str, finish: str, **drawn: int) -> Candidate:
         reason = unfit(problem.task, text, finish, self.index)
@@ -306,6 +311,7 @@ class _Maker:
             "sampling": {**wanted.sampling(), "seed": wanted.seed, "samples": wanted.samples},
             "identity": self.identity,
             **({"hint": HINTED} if wanted.hint else {}),
+            **({"edited": BRIEF} if wanted.edit else {}),
             **({"instructions": problem.fields} if problem.task == "ifeval" else {}),
         }
 

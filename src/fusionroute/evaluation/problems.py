@@ -93,31 +93,29 @@ def find_problems(
         found, ill_formed = with_instructions(spec, data, seed=seed)
     else:
         rows, ill_formed = find_rows(spec, data)
-        found = [Asked(number, row, raw, row["messages"][-1]["content"]) for number, raw, row in rows]
+        found = [Asked(number, row, raw) for number, raw, row in rows]
     overlapping = {place for place, _ in drop_overlapping([asked.row for asked in found], index)[1]}
     held = set() if all_rows else _held_out(ROWS[task], data)
     problems = []
-    for place, (line, row, raw, reference, request) in enumerate(found):
+    for place, (line, row, raw, request) in enumerate(found):
         if place in overlapping or line in held:
             continue
-        prompt = row["messages"][:-1]
+        *prompt, answer = row["messages"]
+        reference = answer["content"] if request is None else edited(answer["content"], raw)
         fields, defect = checked(task, raw)
         fields = {} if defect else fields
-        problems.append(
-            Problem(task, spec.path, line, spec.domain, prompt, reference, {} if defect else fields, request)
-        )
+        problems.append(Problem(task, spec.path, line, spec.domain, prompt, reference, fields, request))
     left_out = {"ill_formed": ill_formed, "overlapping": len(overlapping)}
     return problems, left_out | {"held_out": len(held & {asked.line for asked in found})}
 
 
 class Asked(NamedTuple):
-    """A row as a problem: its line, the chat row, the row as its checker wants it, and an answer that is known; with
-    instructions also the request without them."""
+    """A row as a problem: its line, the chat row, the row as its checker wants it; the request without the
+    instructions that were added."""
 
     line: int
     row: Row
     raw: Row
-    reference: str | None
     request: str | None = None
 
 
@@ -125,7 +123,7 @@ def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tu
     """The requests of the rows of `spec` with instructions after each, drawn by `seed` and the row's place.
 
     Returns:
-        The requests, whose chat rows end in an answer that follows no instruction; and how many rows were left out.
+        The requests, whose chat rows end in an answer that knew no instruction; and how many rows were left out.
 
     Raises:
         FusionRouteError: as `find_rows`.
@@ -138,8 +136,7 @@ def with_instructions(spec: DataSpec, data: Path | None, *, seed: int = 0) -> tu
         raw = instructed(request["content"], answer["content"], chance, known_instructions())
         if raw is not None:
             asked = [*before, {**request, "content": raw["prompt"]}, answer]
-            follows = edited(request["content"], answer["content"], raw)
-            made.append(Asked(line, {**row, "messages": asked}, raw, follows, request["content"]))
+            made.append(Asked(line, {**row, "messages": asked}, raw, request["content"]))
     return made, left_out + len(found) - len(made)
 
 

@@ -110,6 +110,44 @@ def test_what_is_not_yaml(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_takes_the_place_of_the_file_s() -> None:
+    loaded = recipe.load_recipe(SMOLLM2, ["sft.training.learning_rate=1.0e-5", "finetuned=null", "alpha=0.5"])
+    assert (loaded.sft.training["learning_rate"], loaded.finetuned, loaded.alpha) == (1e-5, None, 0.5)
+
+
+def test_a_setting_changes_nothing_else() -> None:
+    """Not even where the file's YAML has one mapping in two places: both experts' `training` is the same."""
+    as_it_is, changed = recipe.load_recipe(SMOLLM2), recipe.load_recipe(SMOLLM2, ["experts.1.training.seed=7"])
+    assert changed.experts[1].training.pop("seed") == 7
+    as_it_is.experts[1].training.pop("seed")
+    assert changed == as_it_is
+
+
+def test_a_setting_in_a_section_that_the_file_lacks() -> None:
+    changed = recipe.load_recipe(SMOLLM2, ["finetuned.training.learning_rate=1.0e-3"])
+    assert changed.finetuned is not None
+    assert changed.finetuned.training == {"learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("alpha", "must be KEY=VALUE"),
+        ("=1", "must be KEY=VALUE"),
+        ("sft..seed=1", "must be KEY=VALUE"),
+        ("alpha=[1", "is not YAML"),
+        ("experts.9.name=x", "no such place"),
+        ("experts.first.name=x", "no such place"),
+        ("alpha.x=1", "no such place"),
+        ("cdpo.trainings.beta=1", r"cdpo\.trainings: Extra inputs"),
+    ],
+)
+def test_a_setting_that_cannot_be(change: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint) as caught:
+        recipe.load_recipe(SMOLLM2, [change])
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_data_names_the_file(tmp_path: Path) -> None:
     data = yaml.safe_load(SMOLLM2.read_text())
     small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")

@@ -149,6 +149,16 @@ def test_training_twice_gives_the_same_router(run: Callable, place: Path, sft: P
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_train_by_another_setting_than_the_recipe_s(run: Callable, place: Path, sft: Path, tmp_path: Path) -> None:
+    other = ["--set", "sft.training.route_weight=0.25"]
+    code, _, err = run(
+        "train", "sft", place / "mine", "--out", tmp_path / "new", "--annotations", place / "notes", *other
+    )
+    assert code == 0, err
+    assert collection.read_config(tmp_path / "new").training["sft"]["route_weight"] == 0.25
+    assert collection.read_config(sft).training["sft"]["route_weight"] != 0.25
+
+
 def test_train_cdpo_goes_on_from_phase_1(cdpo: Path, sft: Path) -> None:
     assert set(collection.read_config(cdpo).training) == {"sft", "cdpo"}
     before, after = (load_file(f / "router" / "adapter_model.safetensors") for f in (sft, cdpo))

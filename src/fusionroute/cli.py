@@ -12,6 +12,7 @@ from fusionroute import __version__, cli_evaluation, cli_serving, placement, pro
 from fusionroute.cli_options import (
     Alpha,
     Base,
+    Changes,
     Collection,
     Compile,
     Data,
@@ -181,6 +182,7 @@ def run(
     base: Annotated[
         str | None, typer.Option(help="Have the recipe's base from here; the collection names the recipe's.")
     ] = None,
+    changes: Changes = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Every stage on random models, in a minute.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Run nothing: print stages, GPU-hours, memory, disk and downloads.")
@@ -194,7 +196,7 @@ def run(
             raise UsageError("--plan and --tiny exclude each other: a tiny run takes a minute")
         from fusionroute import planning
 
-        document = planning.plan(recipe, out, data, base=base, gpus=gpus)
+        document = planning.plan(recipe, out, data, base=base, gpus=gpus, changes=changes or ())
         if as_json:
             print(json.dumps(document, ensure_ascii=False))
         else:
@@ -210,7 +212,7 @@ def run(
         raise UsageError("--json goes with --plan")
     from fusionroute.recipe import execute
 
-    print(execute(recipe, out, data, tiny=tiny, base=base))
+    print(execute(recipe, out, data, tiny=tiny, base=base, changes=changes or ()))
 
 
 @app.command()
@@ -240,13 +242,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the new collection.")],
     data: Data = None,
     annotations: Annotated[Path, typer.Option(help="Folder of the annotations.")] = Path("annotations"),
+    changes: Changes = None,
     dtype: Dtype = None,
     base: Base = None,
 ) -> None:
     """Train the router of a collection on the rows of the recipe's phase."""
     from fusionroute import workflows
 
-    _say(workflows.train(phase, collection, recipe, data, annotations, out, dtype, base))
+    _say(workflows.train(phase, collection, recipe, data, annotations, out, dtype, base, changes or ()))
 
 
 @app.command()

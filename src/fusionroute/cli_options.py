@@ -21,6 +21,10 @@ Compile = Annotated[
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder that the recipe's data paths start from.")]
 RecipeFile = Annotated[Path, typer.Option("--recipe", help="The recipe whose rows and settings are used.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE in place of the recipe's, such as cdpo.training.bias=none; repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the router's logits; 0 leaves them out.")]
 Expert = Annotated[str | None, typer.Option(help="Always this expert; router is the router alone.")]

@@ -6,6 +6,7 @@ Every number follows from docs/scale.md's formulas, the dimensions of the models
 their files are at hand, assumed elsewhere. Knows no evaluation, and nothing of what a run has done already.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
@@ -341,9 +342,17 @@ def make_plan(recipe: Recipe, out: Path, data: Path | None = None, *, gpus: int 
     }
 
 
-def plan(path: Path, out: Path | None, data: Path | None, *, base: str | None = None, gpus: int = 8) -> dict[str, Any]:
+def plan(
+    path: Path,
+    out: Path | None,
+    data: Path | None,
+    *,
+    base: str | None = None,
+    gpus: int = 8,
+    changes: Sequence[str] = (),
+) -> dict[str, Any]:
     """The plan of the recipe at `path`; as `recipe.execute` takes its arguments, errors as `make_plan`."""
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, changes)
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is no folder")
     if base is not None:

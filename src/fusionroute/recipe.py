@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -332,11 +332,20 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def execute(path: Path, out: Path | None, data: Path | None, *, tiny: bool = False, base: str | None = None) -> Path:
+def execute(
+    path: Path,
+    out: Path | None,
+    data: Path | None,
+    *,
+    tiny: bool = False,
+    base: str | None = None,
+    changes: Sequence[str] = (),
+) -> Path:
     """Run the recipe at `path`; returns the collection's folder.
 
     Args:
         base: as in `Run`.
+        changes: as in `load_recipe`.
 
     Raises:
         FusionRouteError: whatever a stage finds wrong; what is done stays done.
@@ -346,7 +355,7 @@ def execute(path: Path, out: Path | None, data: Path | None, *, tiny: bool = Fal
             f"`fusionroute run` is one process, and was launched as {processes.world()}: "
             "launch `fusionroute annotate` and `fusionroute train`, which share their work (docs/training.md)"
         )
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, changes)
     out = out or Path("runs") / (f"{recipe.name}-tiny" if tiny else recipe.name)
     if data is not None and not data.is_dir():
         raise UsageError(f"--data {data} is no folder")

@@ -1,5 +1,6 @@
 """What a recipe may say: its sections as pydantic models, and reading one from YAML. Runs nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,8 +145,12 @@ class Recipe(_Section):
         return rewards
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
+
+    Args:
+        changes: `KEY=VALUE`, instead of what the file says: a path of keys and, in lists, places from 0, by dots, and
+            a value in YAML, such as `sft.training.learning_rate=1.0e-4` or `finetuned=null`.
 
     Raises:
         UsageError: missing, unreadable, not YAML, or an unknown or impossible key; one line that names it.
@@ -158,8 +163,42 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if changes:
+        data = _unshared(data)
+    for change in changes:
+        _change(data, change)
     try:
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         problems = [": ".join(filter(None, (".".join(map(str, p["loc"])), p["msg"]))) for p in error.errors()]
         raise UsageError(f"{path}: {'; '.join(problems)}") from None
+
+
+def _unshared(value: Any) -> Any:
+    """The same without YAML's aliases, which stand for one object in several places."""
+    if isinstance(value, dict):
+        return {key: _unshared(each) for key, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
+
+
+def _change(data: Any, change: str) -> None:
+    """Put one `KEY=VALUE` into a recipe as it was read; sections on the way that it lacks are made.
+
+    Raises:
+        UsageError: no such form, no YAML, or a way through something that has no keys or no such place.
+    """
+    name, equals, text = change.partition("=")
+    *way, last = name.split(".")
+    if not equals or not all((*way, last)):
+        raise UsageError(f"--set {change!r} must be KEY=VALUE, such as sft.training.learning_rate=1.0e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {name}: {text!r} is not YAML: {' '.join(str(error).split())}") from None
+    at = data
+    try:
+        for key in way:
+            at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        at[int(last) if isinstance(at, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise UsageError(f"--set {name}: the recipe has no such place") from None

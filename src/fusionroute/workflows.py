@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
 
 
 def _open(
-    name: str | None, recipe: Path, data: Path | None, dtype: str | None, base: str | None
+    name: str | None,
+    recipe: Path,
+    data: Path | None,
+    dtype: str | None,
+    base: str | None,
+    changes: Sequence[str] = (),
 ) -> "tuple[Path, Run, LoadOptions]":
     """The collection's folder, the recipe with its rows, and how members are loaded."""
     from fusionroute.configuration import absolute_source
     from fusionroute.members import LoadOptions, parse_dtype
 
     folder = collections.locate(name)
-    run = Run(load_recipe(recipe), Path(), data)
+    run = Run(load_recipe(recipe, changes), Path(), data)
     return (
         folder,
         run,
@@ -87,10 +93,14 @@ def train(
     out: Path,
     dtype: str | None,
     base: str | None,
+    changes: Sequence[str] = (),
 ) -> Path:
     """Train the router of a collection by one phase of a recipe and write the new collection to `out`.
 
     Killed and called again with the same arguments it goes on; until it is done its files are in `OUT.work`.
+
+    Args:
+        changes: what differs from the recipe's file, as in `load_recipe`.
 
     Raises:
         UsageError: no such phase, or `out` is not an empty folder.
@@ -102,7 +112,7 @@ def train(
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: name another one for the new collection")
-    folder, run, options = _open(name, recipe, data, dtype, base)
+    folder, run, options = _open(name, recipe, data, dtype, base, changes)
     section = _section(run, phase)
     config, items = run.items(section.data, f"rows of {phase}", folder)
     work = out.with_name(f"{out.name}.work")

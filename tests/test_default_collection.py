@@ -3,39 +3,17 @@
 import json
 import subprocess
 import sys
-import zipfile
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-from fusionroute import collection, hub
-
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-FOLDER = collection.PACKAGED / collection.DEFAULT
 
 
 @cache
 def answer(prompt: str) -> dict:
     command = [sys.executable, "-m", "fusionroute", "generate", prompt, "--json", "--max-new-tokens", "24"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def test_it_is_small_enough_for_the_wheel(tmp_path: Path) -> None:
-    """Built, not added up: what is left out of the wheel is for the build to say."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        sizes = {info.filename: info.file_size for info in files.infolist() if "/collections/smollm2/" in info.filename}
-    assert sum(sizes.values()) < 25e6
-    assert any(name.endswith("router/adapter_model.safetensors") for name in sizes)
-    assert not any("/baselines/" in name for name in sizes)
-
-
-def test_every_source_in_it_can_be_had_elsewhere() -> None:
-    assert hub.local_references(collection.read_config(FOLDER)) == []
 
 
 def test_it_is_what_it_says() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-COLLECTION = ROOT / "src" / "fusionroute" / "collections" / "smollm2"
+COLLECTIONS = sorted(path for path in (ROOT / "src" / "fusionroute" / "collections").iterdir() if path.is_dir())
 
 
 def page(name: str) -> str:
@@ -100,18 +100,25 @@ def test_figures_are_what_the_script_draws(tmp_path: Path) -> None:
 # ---- licences
 
 
-def test_every_bundled_artefact_has_its_licence() -> None:
-    text = page("licences.md")
-    adapters = {
-        path.parent.relative_to(COLLECTION).as_posix() for path in COLLECTION.rglob("adapter_model.safetensors")
-    }
-    tokenizer = {path.name for path in COLLECTION.glob("*") if path.name.startswith(("tokenizer", "chat_template"))}
+@pytest.mark.parametrize("folder", COLLECTIONS, ids=lambda path: path.name)
+def test_every_bundled_artefact_of_a_collection_has_its_licence(folder: Path) -> None:
+    adapters = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("adapter_model.safetensors")}
+    tokenizer = {path.name for path in folder.glob("*") if path.name.startswith(("tokenizer", "chat_template"))}
+    text = page("licences.md").split("## What they were trained on")[0]
+    beside = text.split("## In the repository, not in the wheel")[1]
+    own = text.split(f"### {folder.name}\n")[1].split("\n##")[0]
+    assert [name for name in sorted(adapters | tokenizer) if f"`{name}`" not in own + beside] == []
+
+
+def test_every_bundled_fixture_has_its_licence() -> None:
     fixtures = {path.name for path in (ROOT / "tests/evaluation/fixtures").iterdir() if path.is_dir()}
-    assert [name for name in sorted(adapters | tokenizer | fixtures) if f"`{name}`" not in text] == []
+    rows = page("licences.md").split("## Test fixtures")[1]
+    assert [name for name in sorted(fixtures) if f"`{name}`" not in rows] == []
 
 
-def test_every_data_set_that_was_trained_on_has_its_licence() -> None:
-    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2.yaml").read_text())
+@pytest.mark.parametrize("folder", COLLECTIONS, ids=lambda path: path.name)
+def test_every_data_set_that_was_trained_on_has_its_licence(folder: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{folder.name}.yaml").read_text())
     sections = [*recipe["experts"], recipe["sft"], recipe["cdpo"], *recipe["rewards"]]
     folders = {entry["path"].split("/")[0] for section in sections for entry in section.get("data", [])}
     known = {
@@ -122,9 +129,10 @@ def test_every_data_set_that_was_trained_on_has_its_licence() -> None:
         "self_instruct": "Self-Instruct",
         "hh_rlhf": "HH-RLHF",
         "ultrafeedback": "UltraFeedback",
+        "solutions": "answers of Qwen2.5-Coder",
     }
     rows = page("licences.md").split("## What they were trained on")[1].split("## Test fixtures")[0]
-    assert [folder for folder in sorted(folders) if f"| {known[folder]}" not in rows] == []
+    assert [name for name in sorted(folders) if f"| {known[name]}" not in rows] == []
 
 
 # ---- what a release needs

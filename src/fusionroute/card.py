@@ -49,8 +49,11 @@ _CITATION = """\
 ```"""
 
 
-def write_card(folder: Path, config: "FusionRouteConfig") -> None:
-    """Write `README.md` of the collection in `folder`, whose tokenizer files are there already.
+def write_card(folder: Path, config: "FusionRouteConfig", *, tokenizer: Path | None = None) -> None:
+    """Write `README.md` of the collection in `folder`.
+
+    Args:
+        tokenizer: the folder with its tokenizer files, which are there already; None is `folder`.
 
     Raises:
         FusionRouteError: the tokenizer's configuration is half-written, or the disk is full.
@@ -62,7 +65,7 @@ def write_card(folder: Path, config: "FusionRouteConfig") -> None:
         f"# FusionRoute collection: {', '.join(experts)}",
         _what_it_is(config),
         "## Use",
-        _usage(folder, config),
+        _usage(tokenizer or folder, config),
         "## Members",
         _members(specs, folder),
         _licences(specs),
@@ -112,8 +115,8 @@ def _what_it_is(config: "FusionRouteConfig") -> str:
     )
 
 
-def _usage(folder: Path, config: "FusionRouteConfig") -> str:
-    if vocabulary.template_of(folder) is None:
+def _usage(tokenizer: Path, config: "FusionRouteConfig") -> str:
+    if vocabulary.template_of(tokenizer) is None:
         encode = [f'inputs = tokenizer("{_PROMPT}", return_tensors="pt")']
     else:
         encode = [

@@ -5,7 +5,7 @@ Layout (every member's folder is what transformers or PEFT would write, so each 
     config.json                FusionRouteConfig: the router, the experts in route order
     router/                    route_head.safetensors, and the router's adapter or weights unless referenced
     expert_<name>/             adapter or weights of an embedded expert
-    tokenizer.json, …          the router's tokenizer and chat template
+    tokenizer.json, …          the router's tokenizer and chat template; where there is none, those of the router's base
     generation_config.json     the router's, with the union of the members' end ids
     README.md                  the model card, generated
 
@@ -16,7 +16,7 @@ import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fusionroute import sources, vocabulary, weights
 from fusionroute.configuration import ROUTER, FusionRouteConfig, MemberSpec, check_names
@@ -96,19 +96,43 @@ def read_generation_config(folder: Path) -> "GenerationConfig":
     return GenerationConfig.from_pretrained(folder)
 
 
-def load_tokenizer(folder: str | Path | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: str | Path | None = None, *, base: str | None = None) -> "PreTrainedTokenizerBase":
     """The collection's tokenizer: the router's, with its chat template. Pads on the left, for `generate`.
 
     A padding token that not all members share, as many a fine-tune has added one, is replaced by the end token.
+
+    Args:
+        folder: as in `locate`.
+        base: replaces the base of the adapters; read only if the collection has no tokenizer files of its own.
+
+    Raises:
+        FusionRouteError: there is no such collection, or the base that has its tokenizer cannot be had.
     """
     from transformers import AutoTokenizer
 
     found = locate(folder)
-    tokenizer = AutoTokenizer.from_pretrained(found)
+    config = read_config(found)
+    # By the collection's configuration also where the files are the base's: by the base's own, transformers may pick a
+    # class that rewrites the rules.
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config, found, base), config=config)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= read_config(found).vocab_size:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_folder(config: FusionRouteConfig, folder: Path, base: str | None = None) -> Path:
+    """Where the tokenizer and the chat template of the collection in `folder` are: there, or with its router's base.
+
+    Args:
+        base: replaces the base of the adapters.
+
+    Raises:
+        FusionRouteError: they are with the base, and it cannot be had.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    return _tokenizer_folders(config.specs_on(base)[:1], folder)[ROUTER]
 
 
 def encode_chat(
@@ -155,7 +179,8 @@ def check_vocabulary_of(
         FusionRouteError: two of them map one string to different ids, or share fewer ids than `config.vocab_size`.
     """
     specs = [spec for spec in config.specs_on(base) if spec.name not in leave_out]
-    report = vocabulary.check_vocabularies({"the collection": folder, **_tokenizer_folders(specs, folder)})
+    own = tokenizer_folder(config, folder, base)
+    report = vocabulary.check_vocabularies({"the collection": own, **_tokenizer_folders(specs, folder)})
     if report.common < config.vocab_size:
         raise FusionRouteError(
             f"{folder}: the members share {report.common} ids but the collection was made with {config.vocab_size}: "
@@ -317,7 +342,7 @@ def record_scores(folder: Path, scores: dict[str, Any]) -> None:
     config = read_config(folder)
     config.training = {**(config.training or {}), "scores": scores}
     write_json(folder / "config.json", json.loads(config.to_json_string()))
-    write_card(folder, config)
+    write_card(folder, config, tokenizer=tokenizer_folder(config, folder))
 
 
 def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> None:
@@ -370,7 +395,8 @@ def save(model: "FusionRouteForCausalLM", out: Path, *, embed: bool = False) -> 
         write_generation_config(model.generation_config, scratch)
         (scratch / ROUTER).mkdir(exist_ok=True)
         model.router.route_head.save(scratch / ROUTER)
-        copy_tokenizer(model.folder, scratch)
+        own = (model.folder / "tokenizer.json").is_file()
+        copy_tokenizer(model.folder if own else cast(Path, model.members[0].folder), scratch)
         write_card(scratch, config)
 
 

@@ -81,7 +81,7 @@ def inspect_collection(folder: Path, base: str | None = None) -> dict[str, Any]:
     config = collection.read_config(folder)
     specs = config.specs_on(base)
     try:
-        template = _template(folder)
+        template = _template(collection.tokenizer_folder(config, folder, base))
     except FusionRouteError:
         template = None  # the vocabulary's entry says why
     found = []

@@ -27,7 +27,7 @@ def load_engine(
     """
     with quiet():
         model = FusionRouteForCausalLM.from_pretrained(folder, **loading)
-        tokenizer = collections.load_tokenizer(folder)
+        tokenizer = collections.load_tokenizer(folder, base=loading.get("base"))
     members = Members(model, compile=compile)
     return Engine(
         model,

@@ -396,4 +396,5 @@ def merge_collection(folder: Path, settings: MergeSettings, out: Path, base: str
     if len(bases) > 1:
         raise UsageError(f"adapters on different bases cannot be merged, and {folder} has {', '.join(sorted(adapted))}")
     started = bases.pop() if bases else sources.resolve(cast(str, other))
-    merge_members(started, [adapter or model for model, adapter in places], settings, out, text=folder)
+    text = collection.tokenizer_folder(config, folder, base)
+    merge_members(started, [adapter or model for model, adapter in places], settings, out, text=text)

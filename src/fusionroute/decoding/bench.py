@@ -197,7 +197,7 @@ def measure_collection(name: str | None, *, quick: bool, batches: Sequence[int] 
     folder = collection.locate(name)
     with quiet():
         model = FusionRouteForCausalLM.from_pretrained(folder, **loading)
-        tokenizer = collection.load_tokenizer(folder)
+        tokenizer = collection.load_tokenizer(folder, base=loading.get("base"))
     note = partial(print, file=sys.stderr, flush=True)
     return decode(model, tokenizer, quick=quick, batches=batches, note=note)
 

@@ -64,7 +64,7 @@ def load_collection(
         # What stands on no adapter has no base to replace.
         base = base if any(spec.adapter for spec in collections.read_config(folder).member_specs) else None
         model = FusionRouteForCausalLM.from_pretrained(folder, dtype=dtype, base=base, device=device or best_device())
-        return model, collections.load_tokenizer(folder)
+        return model, collections.load_tokenizer(folder, base=base)
 
 
 def load_engine(folder: Path, dtype: str | None, base: str | None) -> tuple[Engine, Any]:

@@ -21,14 +21,7 @@ from fusionroute.evaluation.names import ALPHA, COLLAB, FINETUNED, MERGES, OURS,
 from fusionroute.files import staged_folder
 from fusionroute.sources import resolve
 
-# What a collection's folder holds of its text contract.
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class NotGivenError(UsageError):
@@ -74,7 +67,7 @@ class System:
             "weights": made_of,
             "policy": {**self.policy, "alpha": alpha},
             "vocab_size": config.vocab_size,
-            "text": _text_digest(self.folder),
+            "text": _text_digest(config, self.folder, base),
         }
 
 
@@ -87,9 +80,11 @@ def members_on(config: FusionRouteConfig, base: str | None) -> list[MemberSpec]:
     return [after if after == before else replace(after, digest=digest) for before, after in pairs]
 
 
-def _text_digest(folder: Path) -> str:
+def _text_digest(config: FusionRouteConfig, folder: Path, base: str | None) -> str:
     """Of what turns messages into ids and says where an answer ends: tokenizer, chat template, end ids."""
-    files = sorted(path for path in folder.iterdir() if path.name in TEXT_FILES)
+    text = collections.tokenizer_folder(config, folder, base)
+    files = [path for name in TOKENIZER_FILES if (path := text / name).is_file()]
+    files = sorted([*files, folder / "generation_config.json"], key=lambda path: path.name)
     return hashlib.sha256(json.dumps([[path.name, _digest(path)] for path in files]).encode()).hexdigest()
 
 
@@ -224,7 +219,7 @@ def _merged(name: str, which: str, sources: Sources) -> Path:
     )
     config = collections.read_config(sources.collection)
     made_of = [[spec.source, spec.digest, spec.adapter_digest] for spec in members_on(config, sources.base)]
-    made_of.append([_text_digest(sources.collection)])
+    made_of.append([_text_digest(config, sources.collection, sources.base)])
     model = sources.work / f"merge-{method}-{_key([made_of, sources.base, vars(settings)])}"
     if not model.exists():
         merge_collection(sources.collection, settings, model, base=sources.base)
@@ -258,7 +253,8 @@ def _carried(sources: Sources, name: str) -> Path | None:
     experts = specs[1:] if whole else [replace(router, name="itself")]
     head = adapter / HEAD_FILE
     made_of = [config.to_dict(), [asdict(s) for s in (router, *experts)], _digest(head) if whole else None]
-    out = sources.work / f"{name}-{_key([made_of, _text_digest(sources.collection)])}"
+    text = _text_digest(config, sources.collection, sources.base)
+    out = sources.work / f"{name}-{_key([made_of, text])}"
     if not out.exists():
         config.set_members(router, experts)
         with staged_folder(out) as scratch:

@@ -28,7 +28,7 @@ class Rescoring:
         (self.member,) = load_members([spec], folder, LoadOptions(other_base=None if base is None else spec.source))
         self.names = config.expert_names
         self.head = RouteHead.load(folder / ROUTER, self.names, head_width(self.member.model))
-        self.words = Words(collection.load_tokenizer(folder))
+        self.words = Words(collection.load_tokenizer(folder, base=base))
         ends = config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
 

@@ -46,7 +46,13 @@ class Checks:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """vLLM calls both; there is nothing to look at before the ranks are known."""
+        """Name the tokenizer of a collection that has none of its own; what is refused waits until ranks are known."""
+        from fusionroute import collection
+
+        if model_config.tokenizer == model_config.model:
+            folder = collection.locate(model_config.model, revision=model_config.revision)
+            text = collection.tokenizer_folder(model_config.hf_config, folder)
+            model_config.tokenizer = model_config.model if text == folder else str(text)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -50,7 +50,7 @@ def make_service(
         engine = loading.submit(load_engine, folder, kv_budget=kv_budget, reuse=True, **how).result()
     model = engine.model
     # The engine's tokenizer is its thread's, this one the reader's.
-    reading = collections.load_tokenizer(folder)
+    reading = collections.load_tokenizer(folder, base=how.get("base"))
     settings = model.generation_config
     defaults = {key: value for key in _DEFAULTS if settings.do_sample and (value := getattr(settings, key, None))}
     name = name or (collections.DEFAULT if collection is None else Path(collection).resolve().name)
@@ -61,7 +61,7 @@ def make_service(
         name,
         Scheduler(engine, limits, metrics, traces=log_prompts),
         Asking(name, model.config, reading, limits, defaults, sorted(engine.ends)),
-        Words(collections.load_tokenizer(folder)),
+        Words(collections.load_tokenizer(folder, base=how.get("base"))),
         metrics,
         limits,
         log_prompts,

@@ -1,5 +1,6 @@
 """vLLM writes what the reference writes: tiny random collections of every kind, in float32, token by token."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from fusionroute import collection, copying, tiny
+from fusionroute.evaluation.systems import TOKENIZER_FILES
 from fusionroute.integrations.vllm_server import on_base
 from fusionroute.modeling import FusionRouteForCausalLM
 
@@ -60,6 +62,16 @@ def test_adapters_on_another_base(
     for row, tokens in zip(ROWS, given["tokens"], strict=True):
         written = model.generate(torch.tensor([row]), max_new_tokens=NEW, do_sample=False)
         assert written[0, len(row) :].tolist() == tokens
+
+
+def test_the_tokenizer_is_the_bases_where_the_collection_has_none(
+    answers: Any, job: Any, reference: Any, make_collection: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_collection("adapters"), tmp_path / "bare")
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    (given,) = answers(job(folder))
+    assert given["tokens"] == reference(make_collection("adapters"))
 
 
 def test_compiled(answers: Any, job: Any, reference: Any, make_collection: Callable[[str], Path]) -> None:

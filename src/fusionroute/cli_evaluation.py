@@ -112,12 +112,25 @@ def evaluate(
 def report(
     folder: Annotated[Path, typer.Argument(help="Results folder of an evaluation.")] = Path("evaluation"),
     html: Annotated[Path | None, typer.Option(help="Also write one page with plots and coloured answers.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Compare with this report's JSON instead; exit code 1 if a figure is not in its interval."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The table of an evaluation: accuracies, differences to FusionRoute, costs, routing."""
+    from fusionroute.evaluation import comparison
     from fusionroute.evaluation import report as reports
 
+    if against is not None and html is not None:
+        raise UsageError("--against compares and --html writes a page: one of them at a time")
     found = reports.read(folder)
+    if against is not None:
+        compared = comparison.compare(comparison.read(against), found)
+        print(comparison.as_json(compared) if as_json else comparison.as_markdown(compared))
+        if comparison.outside(compared):
+            raise typer.Exit(1)
+        return
     if html is not None:
         from fusionroute.evaluation import page
         from fusionroute.files import staged_file

@@ -12,6 +12,7 @@ from tests.conftest import SHAPES
 from tests.decoding.conftest import LONGEST, PROMPTS, SAMPLINGS, alternating, write
 
 from fusionroute import FusionRouteForCausalLM
+from fusionroute.decoding import fused
 from fusionroute.decoding.budget import KVBudget
 from fusionroute.decoding.drafting import PromptLookup, RouterDraft
 from fusionroute.decoding.engine import Engine
@@ -57,6 +58,7 @@ engines = st.fixed_dictionaries(
         "blocks": st.booleans(),
         "drafter": st.sampled_from([None, PromptLookup(2, 1), RouterDraft(), "right", "wrong"]),
         "draft_length": st.integers(1, 5),
+        "most": st.sampled_from([1, 600, 10**9]),  # logits that are worked on at a time
     }
 )
 
@@ -95,6 +97,7 @@ def test_an_engine_writes_what_the_reference_writes(
     model = collection(shape)
     expected = [reference(shape, row["prompt"], row["sampling"])[: row["tokens"]] for row in wanted]
     options = dict(how)
+    most = options.pop("most")
     if options["drafter"] in ("right", "wrong"):
         ids = [token for token, _ in expected[0]] * 3
         drafts = [ids[i : i + 4] for i in range(1, 12, 2)]
@@ -113,7 +116,9 @@ def test_an_engine_writes_what_the_reference_writes(
         expected[i] = tokens[:stop]
     if room is not None:
         engine.budget = KVBudget(engine.members, engine.members.nbytes([48] * room))
-    written = run(engine, wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "MOST_LOGITS", most)
+        written = run(engine, wanted)
     for i, row in enumerate(wanted):
         if row["leaves"] is None:
             assert written[i] == expected[i]

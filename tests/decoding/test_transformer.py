@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.decoding import transformer as packed
 from fusionroute.decoding.cache import KVCache
 from fusionroute.decoding.products import UnsupportedError
 from fusionroute.decoding.transformer import Shape, Span, Transformer
@@ -151,11 +152,13 @@ class Rows:
 
 @pytest.mark.parametrize("kind", KINDS)
 @SETTINGS
-@given(seed=st.integers(0, 10**6))
-def test_rows_in_any_chunks_order_lanes_and_slots(kind: str, seed: int) -> None:
+@given(seed=st.integers(0, 10**6), most=st.sampled_from([1, 7, 10**6]))
+def test_rows_in_any_chunks_order_lanes_and_slots(kind: str, seed: int, most: int) -> None:
     rows = Rows(kind, seed)
-    for _ in range(6):
-        rows.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "MOST_TOKENS", most)
+        for _ in range(6):
+            rows.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)

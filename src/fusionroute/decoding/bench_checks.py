@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,10 +68,10 @@ class Watched(Engine):
         super().__init__(*args, **kwargs)
         self.drawn: list[torch.Tensor] = []
 
-    def _logits(self, spans: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = super()._logits(spans)
-        self.drawn += list(found[0])
-        return found
+    def _logits(self, spans: Sequence[Any]) -> Iterator[Any]:
+        for found in super()._logits(spans):
+            self.drawn += list(found[1])
+            yield found
 
 
 def agreement(

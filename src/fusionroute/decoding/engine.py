@@ -341,9 +341,10 @@ class Engine:
                 upto += 1
             if upto > block.at:
                 spans.append(Span(block, block.at, upto))
-        if not spans:
-            return
-        fused, expert_logits, router_logits = self._logits(spans)
+        for found in self._logits(spans):
+            self._draw_all(*found)
+
+    def _draw_all(self, spans: Sequence[Span], fused: Tensor, expert_logits: Tensor, router_logits: Tensor) -> None:
         choices = fused.argmax(dim=-1).tolist()
         drawn: list[Drawn] = []
         place = 0
@@ -373,7 +374,7 @@ class Engine:
             block.failure, block.done = error, True
             return None
 
-    def _logits(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
+    def _logits(self, spans: Sequence[Span]) -> Iterator[tuple[Sequence[Span], Tensor, Tensor, Tensor]]:
         return fused_logits(self.members, spans)
 
     def _settle(self, block: Block) -> None:

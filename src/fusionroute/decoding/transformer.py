@@ -5,6 +5,7 @@ Llama family (Llama, Mistral, Qwen2, Gemma-2), whose differences are fields of `
 reading the weights costs; transformers' own forward spends as much again between its kernels. Knows no router.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from torch.nn import functional
 from fusionroute.decoding.cache import KVCache
 from fusionroute.decoding.matrices import filled
 from fusionroute.decoding.products import Apart, Lanes, Product, UnsupportedError, product, share_masks
+
+# New tokens that a pass has between two of its products on a CPU. malloc asks the system for every tensor of more than
+# 32 MB anew, and each of its pages is cleared first; parts of these stay below that and nearer to the caches.
+MOST_TOKENS = 1536
 
 
 class Span(NamedTuple):
@@ -185,6 +190,18 @@ class Transformer:
         Returns:
             What the LM head reads, `[sum(keep), d]`, in the order of the spans.
         """
+        hidden, first, count = [], 0, 0
+        most = MOST_TOKENS if self.device.type == "cpu" else math.inf
+        for i, span in enumerate(spans):
+            if i > first and count + len(span.ids) > most:
+                hidden.append(self._part(spans[first:i], keep[first:i], cache))
+                first, count = i, 0
+            count += len(span.ids)
+        hidden.append(self._part(spans[first:], keep[first:], cache))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _part(self, spans: Sequence[Span], keep: Sequence[int], cache: KVCache) -> Tensor:
+        """As `__call__`, all in one."""
         order = sorted(range(len(spans)), key=lambda i: (len(spans[i].ids), spans[i].slot))
         packed = [spans[i] for i in order]
         groups = self._groups(packed)

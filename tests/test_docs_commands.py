@@ -167,6 +167,7 @@ ELSEWHERE = {
     "fusionroute evaluate --held-out --data DIR --system fusionroute,alpha:0.5,merge:ties:0.7:0.3 --out tuning": (
         "tests/evaluation/test_evaluate.py"
     ),
+    "fusionroute report results --against docs/results/smollm2.json": "tests/evaluation/test_comparison.py",
     "fusionroute lm-eval --model fusionroute --model_args system=query-level --tasks hellaswag --limit 100": (
         "tests/evaluation/test_harness.py"  # with a task that is not on the Hub
     ),

@@ -296,12 +296,15 @@ class Run:
 def measure_heldout(run: Run, collection: Path, base: str | None = None) -> tuple[dict[str, Any], str]:
     """Routing figures of `collection` on the recipe's held-out rows: the JSON and its Markdown."""
     from fusionroute.modeling import FusionRouteForCausalLM
+    from fusionroute.placement import best_device
     from fusionroute.progress import quiet
     from fusionroute.training import heldout
 
     _, items = run.items(run.recipe.heldout, "held out", collection)
     with quiet():
-        model = FusionRouteForCausalLM.from_pretrained(collection, dtype=run.recipe.dtype, base=base)
+        model = FusionRouteForCausalLM.from_pretrained(
+            collection, dtype=run.recipe.dtype, base=base, device=best_device()
+        )
     result = heldout.measure(model, items)
     return result, heldout.render(result)
 

@@ -98,6 +98,11 @@ def test_other_weights_and_another_limit_are_said(published: dict[str, Any], fou
     assert notes == ["the weights are others: math", "limit is 20 here and 50 in the published report"]
 
 
+def test_weights_that_take_no_part_are_not_said_to_be_others(published: dict[str, Any], found: dict[str, Any]) -> None:
+    found["settings"]["weights"] = {"math": "m"}
+    assert comparison.compare(published, found)["notes"] == []
+
+
 def test_nothing_in_common_is_an_error(published: dict[str, Any], found: dict[str, Any]) -> None:
     found["systems"] = {"uniform": found["systems"]["router"]}
     with pytest.raises(FusionRouteError, match=r"nothing to compare.*fusionroute, router"):

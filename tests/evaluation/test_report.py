@@ -94,6 +94,16 @@ def test_collab_is_compared_on_its_own_items(found: dict[str, Any]) -> None:
     assert found["collab"]["difference"]["accuracy"] == -0.25
 
 
+def test_weights_are_those_of_the_collection_that_take_part(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    del plan["systems"]["fusionroute"]
+    plan["systems"]["expert:math"]["identity"]["weights"] = {"math": "m"}
+    plan["systems"]["expert:code"]["identity"]["weights"] = {"code": "c"}
+    plan["systems"]["collab"]["identity"]["weights"] = {"math": "another"}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert report.read(folder)["settings"]["weights"] == {"math": "m", "code": "c"}
+
+
 def test_costs(folder: Path, found: dict[str, Any]) -> None:
     assert found["fusionroute"]["tokens_per_second"] == 5
     assert found["fusionroute"]["passes_per_token"] == 3

@@ -45,8 +45,8 @@ def compare(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
                 notes.append(f"{task} is not compared, since it was not asked alike: {', '.join(differing)}")
             else:
                 alike.append(task)
-    if ours.get("weights") and theirs.get("weights") and ours["weights"] != theirs["weights"]:
-        members = [name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest]
+    old, new = ours.get("weights") or {}, theirs.get("weights") or {}
+    if members := [name for name, digest in old.items() if new.get(name, digest) != digest]:
         notes.append(f"the weights are others: {', '.join(members)}")
     notes += [
         f"{key} is {theirs.get(key)} here and {ours[key]} in the published report"

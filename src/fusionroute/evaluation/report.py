@@ -93,7 +93,7 @@ def read(folder: Path) -> dict[str, Any]:
             entry["difference"] = _as_dict(difference_of(mine, ours))
     settings = {key: plan[key] for key in ("collection", "limit", "dtype", "base", "batch", "reward")}
     settings |= {key: plan.get(key) for key in ("judge", "collab", "held_out")}
-    settings["weights"] = (plan["systems"].get(OURS, {}).get("identity") or {}).get("weights")
+    settings["weights"] = _weights(plan) or None
     if settings["collab"]:
         settings["collab"] |= {"cost": _collab_cost(plan, answers)}
     settings["tasks"] = {name: task["settings"] for name, task in plan["tasks"].items()}
@@ -105,6 +105,24 @@ def read(folder: Path) -> dict[str, Any]:
         "settings": settings,
         "not_run": plan["not_run"],
     }
+
+
+def _weights(plan: dict[str, Any]) -> dict[str, Any]:
+    """Digests of the collection's members and route head, those that take part in any system of the table.
+
+    Other systems have other weights under the same names: merged ones, a router after phase 1, a variant.
+    """
+    own = [
+        OURS,
+        "router",
+        "query-level",
+        "uniform",
+        *(f"{how}:{name}" for how in ("expert", "fixed") for name in plan["experts"]),
+    ]
+    found: dict[str, Any] = {}
+    for name in own:
+        found = {**(plan["systems"].get(name, {}).get("identity") or {}).get("weights", {}), **found}
+    return found
 
 
 def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str, Any]]:

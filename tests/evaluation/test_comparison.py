@@ -15,7 +15,7 @@ from fusionroute.evaluation import comparison, report
 
 
 def estimate(value: float) -> dict[str, Any]:
-    return {"accuracy": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
+    return {"accuracy": value, "low": value - 0.1, "high": value + 0.1, "n": 50, "unscored": 0}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def published() -> dict[str, Any]:
         name: {
             "benchmarks": {"gsm8k": estimate(value), "mbpp": estimate(value)},
             "average": estimate(value),
-            "win_rate": {"rate": value, "low": value - 0.1, "high": value + 0.1, "n": 20},
+            "win_rate": {"rate": value, "low": value - 0.1, "high": value + 0.1, "n": 20, "unscored": 0},
         }
         for name, value in (("fusionroute", 0.5), ("router", 0.3))
     }
@@ -57,7 +57,7 @@ def test_a_figure_is_inside_up_to_the_ends_of_the_published_interval(
     published: dict[str, Any], found: dict[str, Any], value: float, outside: int
 ) -> None:
     # Its own interval does not count, however wide it is.
-    found["systems"]["fusionroute"]["benchmarks"]["mbpp"] = {"accuracy": value, "low": 0.0, "high": 1.0, "n": 2}
+    found["systems"]["fusionroute"]["benchmarks"]["mbpp"] = estimate(value) | {"low": 0.0, "high": 1.0, "n": 2}
     published["systems"]["fusionroute"]["benchmarks"]["mbpp"] |= {"low": 0.4, "high": 0.6}
     assert comparison.outside(comparison.compare(published, found)) == outside
 
@@ -103,13 +103,19 @@ def test_weights_that_take_no_part_are_not_said_to_be_others(published: dict[str
     assert comparison.compare(published, found)["notes"] == []
 
 
+def test_items_without_a_score_are_said(published: dict[str, Any], found: dict[str, Any]) -> None:
+    found["systems"]["router"]["benchmarks"]["mbpp"]["unscored"] = 3
+    (note,) = comparison.compare(published, found)["notes"]
+    assert note.startswith("3 items have no score")
+
+
 def test_nothing_in_common_is_an_error(published: dict[str, Any], found: dict[str, Any]) -> None:
     found["systems"] = {"uniform": found["systems"]["router"]}
     with pytest.raises(FusionRouteError, match=r"nothing to compare.*fusionroute, router"):
         comparison.compare(published, found)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"systems": {}, "settings": {}}'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"systems": {}, "settings": {}}', '{"systems": {}, "settings": null}'])
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(FusionRouteError, match="is no report"):

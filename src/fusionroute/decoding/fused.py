@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
 
 # Logits that are worked on at a time on a CPU, 16 MB in float32. malloc asks the system for every tensor of more than
-# 32 MB anew, and each of its pages is cleared first: at 64 rows of 152,000 ids a logsumexp took nine times as long.
+# 32 MB anew, and each of its pages is cleared first: a logsumexp alone of 64 rows of 152,000 took 62 ms, in parts 7.
 MOST_LOGITS = 1 << 22
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fusionroute.errors import FusionRouteError
 from fusionroute.evaluation.markdown import table
+from fusionroute.evaluation.report import unscored
 from fusionroute.files import read_json
 
 
@@ -17,7 +18,8 @@ def read(path: Path) -> dict[str, Any]:
         FusionRouteError: a file that is no report.
     """
     found = read_json(path)
-    if not (isinstance(found, dict) and {"systems", "settings"} <= set(found) and "tasks" in found["settings"]):
+    parts = [found.get(key) for key in ("systems", "settings")] if isinstance(found, dict) else [None]
+    if not (all(isinstance(part, dict) for part in parts) and "tasks" in found["settings"]):
         raise FusionRouteError(f"{path} is no report: `fusionroute report FOLDER --json` writes one")
     return found
 
@@ -45,9 +47,11 @@ def compare(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
                 notes.append(f"{task} is not compared, since it was not asked alike: {', '.join(differing)}")
             else:
                 alike.append(task)
-    old, new = ours.get("weights") or {}, theirs.get("weights") or {}
-    if members := [name for name, digest in old.items() if new.get(name, digest) != digest]:
+    digests = theirs.get("weights") or {}
+    if members := [name for name, own in (ours.get("weights") or {}).items() if digests.get(name, own) != own]:
         notes.append(f"the weights are others: {', '.join(members)}")
+    if missing := unscored(found):
+        notes.append(f"{missing} items have no score here and count as wrong, or no verdict and count ½")
     notes += [
         f"{key} is {theirs.get(key)} here and {ours[key]} in the published report"
         for key in ("limit", "dtype", "held_out")

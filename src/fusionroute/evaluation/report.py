@@ -135,7 +135,7 @@ def _alpha_sweep(plan: dict[str, Any], systems: dict[str, Any]) -> list[dict[str
     return [found[alpha] for alpha in sorted(found)] if any(name.startswith(ALPHA) for name in systems) else []
 
 
-def unscored(report: dict[str, Any]) -> int:
+def unscored(report: Mapping[str, Any]) -> int:
     """Items without a score or a verdict, over all systems."""
     figures = [[*entry["benchmarks"].values(), entry.get("win_rate")] for entry in report["systems"].values()]
     # Where anything is judged, a verdict that is missing counts the answer that is.

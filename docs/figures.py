@@ -107,7 +107,7 @@ def rows(theme: str) -> Canvas:
         level = 0.6 + y * 1.05
         c.box(0.1, level, 2.6, 0.85, name, colour)
         c.arrow((2.8, level + 0.42), (4.4, level + 0.42))
-        c.box(9.2, level, 2.2, 0.85, "no adapter" if name == "general" else "A, B", colour)
+        c.box(9.2, level, 2.2, 0.85, "A, B", colour)
         c.arrow((8.0, level + 0.42), (9.1, level + 0.42))
         c.arrow((11.5, level + 0.42), (12.6, level + 0.42))
         c.text(12.7, level + 0.42, "logits")

@@ -120,7 +120,8 @@ def test_every_bundled_fixture_has_its_licence() -> None:
 def test_every_data_set_that_was_trained_on_has_its_licence(folder: Path) -> None:
     recipe = yaml.safe_load((ROOT / "recipes" / f"{folder.name}.yaml").read_text())
     sections = [*recipe["experts"], recipe["sft"], recipe["cdpo"], *recipe["rewards"]]
-    folders = {entry["path"].split("/")[0] for section in sections for entry in section.get("data", [])}
+    paths = {entry["path"] for section in sections for entry in section.get("data", [])}
+    sets = {path if path.startswith("solutions/reference") else path.split("/")[0] for path in paths}
     known = {
         "gsm8k": "GSM8K",
         "mbpp": "MBPP",
@@ -130,9 +131,11 @@ def test_every_data_set_that_was_trained_on_has_its_licence(folder: Path) -> Non
         "hh_rlhf": "HH-RLHF",
         "ultrafeedback": "UltraFeedback",
         "solutions": "answers of Qwen2.5-Coder",
+        "solutions/reference.jsonl": "answers of GPTeacher, edited by rule",
+        "solutions/reference-router.jsonl": "answers of GPTeacher, edited by rule",
     }
     rows = page("licences.md").split("## What they were trained on")[1].split("## Test fixtures")[0]
-    assert [name for name in sorted(folders) if f"| {known[name]}" not in rows] == []
+    assert [name for name in sorted(sets) if f"| {known[name]}" not in rows] == []
 
 
 # ---- what a release needs

@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/fusionroute generate "A farmer has 12 cows and buys 3 more. How many cows has he now?"
+	$(BIN)/fusionroute generate "What is 17 + 25?"
 
 demo-serve: setup
 	$(BIN)/fusionroute serve

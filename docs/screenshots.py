@@ -30,7 +30,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
         page.goto(url)
         page.fill("#tokens", "160")
-        ask(page, "A farmer has 12 cows and buys 3 more. How many cows has he now?")
+        ask(page, "What is 17 + 25?")
         ask(page, "Write a Python function that returns that sum.")
         page.locator(".t.overruled").last.hover()
         page.screenshot(path=IMAGES / "page.png")

@@ -155,7 +155,7 @@ LAUNCHES = "tests/training/test_launched_commands.py"
 IN_VLLM = "tests/integrations/with_vllm/test_vllm_server.py"
 # Where the commands are run that are not run here.
 ELSEWHERE = {
-    'fusionroute generate "A farmer has 12 cows and buys 3 more. How many cows has he now?"': "Makefile",
+    'fusionroute generate "What is 17 + 25?"': "Makefile",
     "fusionroute serve": "Makefile",
     "python examples/library.py mine-cdpo": "tests/test_examples.py",
     "python examples/custom_drafter.py mine-cdpo": "tests/test_examples.py",
@@ -194,8 +194,8 @@ OTHERS = [words for page in PAGES for line in commands(page) if (words := line.p
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in OTHERS if line not in ELSEWHERE))
 def test_command_of_another_page(line: str, place: Place) -> None:
-    """In the folder where the commands above have left their files; models are those of this machine's cache."""
-    done = place.run(shlex.split(line), hub=False)
+    """In the folder where the commands above have left their files; models are those of this machine's cache, or theirs."""
+    done = place.run(shlex.split(line), hub="mine-cdpo" in line)
     # A plan ends with 1 where the disk is too small for the run, which is as it should be.
     small = "--plan" in line and re.search(r"take \d+ GB and .* has .* GB free", done.stderr)
     assert done.returncode == (1 if small else 0), done.stderr[-2000:]

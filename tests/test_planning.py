@@ -164,8 +164,8 @@ def test_what_a_plan_does_not_count_is_said(home: Path, tmp_path: Path) -> None:
 def test_the_default_recipe_has_its_experts_baselines_and_reward_models(home: Path, tmp_path: Path) -> None:
     names = [s["name"] for s in plan_of("smollm2", tmp_path)["stages"]]
     assert list(dict.fromkeys(names)) == [
-        "experts/math", "experts/code", "collection-untrained", "sft", "collection-sft", "cdpo", "collection",
-        "finetuned", "rewards/selection", "rewards/judge", "collection/baselines", "heldout",
+        "experts/general", "experts/math", "experts/code", "collection-untrained", "sft", "collection-sft", "cdpo",
+        "collection", "finetuned", "rewards/selection", "rewards/judge", "collection/baselines", "heldout",
     ]  # fmt: skip
 
 

@@ -219,6 +219,7 @@ def test_a_collection_put_together_anew_keeps_its_figures(
 
 def test_weights_that_change_in_place_are_other_weights(tmp_path: Path) -> None:
     small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
+    small.router.start = None
     run, place = recipe.Run(small, tmp_path / "run", folder), tmp_path / "expert"
     vocab_size = len(tiny.make_tokenizer(place))
     digests = []
@@ -324,7 +325,7 @@ def test_held_out_pairs_may_be_held_out_twice(tmp_path: Path) -> None:
 
 def test_a_baseline_without_the_routers_lora_is_refused_before_anything_runs(tmp_path: Path) -> None:
     small, folder = tiny.shrink_recipe(recipe.load_recipe(SMOLLM2), tmp_path / "run")
-    small.router.lora = None
+    small.router.start = small.router.lora = None
     with pytest.raises(UsageError, match=r"set router\.lora"):
         recipe.Run(small, tmp_path / "run", folder).run()
     assert not (tmp_path / "run" / "stages").exists()

@@ -206,7 +206,7 @@ def test_train_a_phase_that_the_recipe_lacks(run: Callable, place: Path, tmp_pat
 
 
 def test_train_every_weight_of_the_router(run: Callable, place: Path, tmp_path: Path) -> None:
-    whole = variant(place, "full.yaml", lambda data: data.setdefault("router", {}).update(lora=None))
+    whole = variant(place, "full.yaml", lambda data: data.update(router={"lora": None}))
     result = run(
         "train", "sft", place / "mine", "--out", tmp_path / "new", "--annotations", place / "notes", recipe=whole
     )
@@ -218,7 +218,7 @@ def test_train_every_weight_of_the_router(run: Callable, place: Path, tmp_path: 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda data: data.setdefault("router", {}).update(lora={"r": 3, "alpha": 6}),
+        lambda data: data.update(router={"lora": {"r": 3, "alpha": 6}}),
         lambda data: data.update(dtype="bfloat16"),
         lambda data: data["sft"]["training"].update(learning_rate=1e-5),
     ],

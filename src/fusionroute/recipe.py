@@ -152,7 +152,8 @@ class Run:
         if section.data:
             rows = self.rows(section.data, f"expert {section.name}")
             folder = self.out / "experts" / section.name
-            inputs = [base_digest, digest_rows(rows), section.model_dump(), recipe.dtype, recipe.max_length]
+            settings = section.model_dump(exclude={"description"})
+            inputs = [base_digest, digest_rows(rows), settings, recipe.dtype, recipe.max_length]
             self.stage(f"experts/{section.name}", inputs, lambda run: self._train_expert(section, rows, folder, run))
         return self._spec(section)
 

@@ -1,10 +1,11 @@
 """What rounding an expert's weights costs and saves: agreement with the expert as published, speed, memory.
 
-    python benchmarks/quantised.py [--collection NAME] [--expert general] [--forms int8,int4] [--rounds 5]
+    python benchmarks/quantised.py [--collection FOLDER --expert NAME] [--forms int8,int4] [--rounds 5]
 
-The expert alone answers the prompts of `bench decode` greedily; the rounded one then reads these answers. Agreement is
-the share of their tokens that are its first choice too, divergence KL(published ‖ rounded) in nats per token. Speeds
-are ratios within a round, at batch 1 and 16, of the same answers' tokens. The last line is one JSON document.
+Without a collection, the expert is the default one's base as it is. The expert alone answers the prompts of `bench
+decode` greedily; the rounded one then reads these answers. Agreement is the share of their tokens that are its first
+choice too, divergence KL(published ‖ rounded) in nats per token. Speeds are ratios within a round, at batch 1 and 16,
+of the same answers' tokens. The last line is one JSON document.
 """
 
 import argparse
@@ -12,12 +13,15 @@ import gc
 import json
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusionroute import Engine, FusionRouteForCausalLM, Request, collection, encode_chat
+from fusionroute.configuration import MemberSpec
 from fusionroute.decoding.bench import PROMPTS
 from fusionroute.members import Member
 from fusionroute.placement import Placement
@@ -49,16 +53,23 @@ def speed(engine: Engine, requests: list[Request]) -> float:
     return tokens / (time.perf_counter() - started)
 
 
+def bare(folder: Path) -> Path:
+    """A collection whose one expert, `base`, is the default collection's base without an adapter."""
+    source = collection.read_config(collection.locate(None)).router_spec.source
+    collection.assemble(folder, MemberSpec("router", source), [MemberSpec("base", source)])
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", default="smollm2")
-    parser.add_argument("--expert", default="general")
+    parser.add_argument("--collection", help="one with an expert that is a whole model")
+    parser.add_argument("--expert", default="base")
     parser.add_argument("--forms", default="int8,int4")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     load = os.getloadavg()[0]
-    folder = collection.locate(given.collection)
+    folder = collection.locate(given.collection) if given.collection else bare(Path(tempfile.mkdtemp()) / "bare")
     tokenizer = collection.load_tokenizer(folder)
     texts = [text for group in zip(*PROMPTS.values(), strict=True) for text in group][:16]
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]

@@ -194,7 +194,7 @@ OTHERS = [words for page in PAGES for line in commands(page) if (words := line.p
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in OTHERS if line not in ELSEWHERE))
 def test_command_of_another_page(line: str, place: Place) -> None:
-    """In the folder where the commands above have left their files; models are those of this machine's cache, or theirs."""
+    """In the folder where the commands above have left their files; models are this machine's, or theirs."""
     done = place.run(shlex.split(line), hub="mine-cdpo" in line)
     # A plan ends with 1 where the disk is too small for the run, which is as it should be.
     small = "--plan" in line and re.search(r"take \d+ GB and .* has .* GB free", done.stderr)
